@@ -1,0 +1,111 @@
+"""Writing so that a half-written file is never mistaken for a whole one.
+
+Everything is written beside its destination, synced to the disk and renamed into place: a reader
+sees the old content or the new, never a part. Leftovers of a killed writer carry `PARTIAL` in their
+name and are removed by the next writer of the same path.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from phi_lit.errors import UserError
+
+PARTIAL = ".partial-"
+"""Part of every unfinished name: `<name>.partial-<process id>`."""
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}{PARTIAL}{os.getpid()}")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed writers of `path` left beside it (a file or a directory)."""
+    for leftover in path.parent.glob(f"{path.name}{PARTIAL}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file's, or a directory's entries', content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the disk's refusals while writing below `path` into a `UserError` of one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = {
+            errno.ENOSPC: "the disk is full",
+            errno.EDQUOT: "the disk quota is used up",
+            errno.EROFS: "the file system is read-only",
+            errno.EACCES: "permission denied",
+            errno.EPERM: "permission denied",
+            errno.ENOTDIR: "a part of that path is a file, not a directory",
+        }.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise UserError(
+            f"cannot write {path}: {reason}. Nothing half-written was left behind; "
+            "free some room or choose another directory."
+        ) from error
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a small file whole or not at all (text as UTF-8).
+
+    Raises:
+        UserError: the disk is full, read-only or forbids it.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        partial = _partial(path)
+        try:
+            with open(partial, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+@contextmanager
+def staged_dir(path: Path) -> Iterator[Path]:
+    """Build a directory beside `path`; on success sync it and rename it to `path`.
+
+    A directory already at `path` is replaced, and is still whole if the process dies before the
+    rename. On an exception nothing is left behind and `path` is as it was.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        partial = _partial(path)
+        partial.mkdir()
+        try:
+            yield partial
+            for found in [*partial.rglob("*"), partial]:
+                sync(found)
+            if path.exists():
+                retired = path.with_name(f"{path.name}{PARTIAL}retired-{os.getpid()}")
+                os.rename(path, retired)
+                os.rename(partial, path)
+                shutil.rmtree(retired, ignore_errors=True)
+            else:
+                os.rename(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        sync(path.parent)

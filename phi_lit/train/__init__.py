@@ -1,0 +1,1 @@
+"""Training: one loop behind `litgpt pretrain` and `litgpt finetune_full`."""
