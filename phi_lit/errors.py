@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """Return `" Did you mean 'a' or 'b'?"` for the options nearest to `word`, or an empty string."""
+    """Return `" Did you mean 'a' or 'b'?"` for the options nearest to `word`, or nothing."""
     by_folded = {option.lower(): option for option in options}
     near = get_close_matches(word.lower(), by_folded, n=3, cutoff=0.6)
     if not near:

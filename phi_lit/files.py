@@ -22,8 +22,19 @@ def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}{PARTIAL}{os.getpid()}")
 
 
+RETIRED = f"{PARTIAL}retired-"
+"""Part of the name of a whole directory that is being replaced."""
+
+
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed writers of `path` left beside it (a file or a directory)."""
+    """Remove what killed writers of `path` left beside it (a file or a directory).
+
+    A writer killed between moving the old directory away and the new one in leaves no `path`: then
+    the old one, which is whole, is put back first.
+    """
+    retired = sorted(path.parent.glob(f"{path.name}{RETIRED}*"))
+    if retired and not path.exists():
+        os.rename(retired[0], path)
     for leftover in path.parent.glob(f"{path.name}{PARTIAL}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -100,7 +111,7 @@ def staged_dir(path: Path) -> Iterator[Path]:
             for found in [*partial.rglob("*"), partial]:
                 sync(found)
             if path.exists():
-                retired = path.with_name(f"{path.name}{PARTIAL}retired-{os.getpid()}")
+                retired = path.with_name(f"{path.name}{RETIRED}{os.getpid()}")
                 os.rename(path, retired)
                 os.rename(partial, path)
                 shutil.rmtree(retired, ignore_errors=True)
