@@ -15,11 +15,11 @@ from pathlib import Path
 from phi_lit.errors import UserError
 
 PARTIAL = ".partial-"
-"""Part of every unfinished name: `<name>.partial-<process id>`."""
+"""Part of every unfinished name: `.<name>.partial-<process id>`, hidden from globs like `step-*`."""
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}{PARTIAL}{os.getpid()}")
+    return path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
 
 
 RETIRED = f"{PARTIAL}retired-"
@@ -32,10 +32,10 @@ def remove_leftovers(path: Path) -> None:
     A writer killed between moving the old directory away and the new one in leaves no `path`: then
     the old one, which is whole, is put back first.
     """
-    retired = sorted(path.parent.glob(f"{path.name}{RETIRED}*"))
+    retired = sorted(path.parent.glob(f".{path.name}{RETIRED}*"))
     if retired and not path.exists():
         os.rename(retired[0], path)
-    for leftover in path.parent.glob(f"{path.name}{PARTIAL}*"):
+    for leftover in path.parent.glob(f".{path.name}{PARTIAL}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -60,9 +60,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         reason = {
             errno.ENOSPC: "the disk is full",
             errno.EDQUOT: "the disk quota is used up",
+            errno.EFBIG: "the file size limit is reached",
             errno.EROFS: "the file system is read-only",
             errno.EACCES: "permission denied",
             errno.EPERM: "permission denied",
+            errno.EEXIST: "a part of that path is a file, not a directory",
             errno.ENOTDIR: "a part of that path is a file, not a directory",
         }.get(error.errno or 0)
         if reason is None:
@@ -111,7 +113,7 @@ def staged_dir(path: Path) -> Iterator[Path]:
             for found in [*partial.rglob("*"), partial]:
                 sync(found)
             if path.exists():
-                retired = path.with_name(f"{path.name}{RETIRED}{os.getpid()}")
+                retired = path.with_name(f".{path.name}{RETIRED}{os.getpid()}")
                 os.rename(path, retired)
                 os.rename(partial, path)
                 shutil.rmtree(retired, ignore_errors=True)
