@@ -15,7 +15,7 @@ from pathlib import Path
 from phi_lit.errors import UserError
 
 PARTIAL = ".partial-"
-"""Part of every unfinished name: `.<name>.partial-<process id>`, hidden from globs like `step-*`."""
+"""Part of every unfinished name, `.<name>.partial-<process id>`: hidden from `step-*` globs."""
 
 
 def _partial(path: Path) -> Path:

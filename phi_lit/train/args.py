@@ -1,0 +1,105 @@
+"""The training options: LitGPT's, with their names and meaning, and ours beside them.
+
+Every field of ours defaults to null, which means "as stock LitGPT": that is how `asks_for_ours` tells
+a config that is meant for LitGPT's own loop from one that is meant for ours. The docstring under a
+field is its text in `--help`.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from litgpt.args import TrainArgs as LitGPTTrainArgs
+
+from phi_lit.errors import UserError
+
+Strategy = Literal["auto", "ddp", "fsdp", "deepspeed"]
+Sharding = Literal["full", "grad_op", "hybrid"]
+
+
+@dataclass
+class TrainArgs(LitGPTTrainArgs):
+    """Training-related arguments; those that LitGPT lacks are null by default"""
+
+    micro_batch_size: int | Literal["auto"] = 4
+    """Rows per forward pass and rank; "auto" finds the largest that fits in memory"""
+    lr_schedule: Literal["linear", "cosine", "wsd", "constant"] | None = None
+    """How the learning rate falls after its warm-up, counted in optimizer steps: linear (phi-1), cosine
+    (LitGPT's, the default), wsd (constant, then linear over the last lr_decay_steps), constant"""
+    lr_total_steps: int | None = None
+    """Optimizer steps that the schedule is aimed at; default: where the run ends. phi-1-base is step
+    24,000 of a schedule aimed at 36,000"""
+    lr_decay_steps: int | None = None
+    """Steps of the final fall of the wsd schedule; default: a tenth of the total"""
+    attention_dropout: float | None = None
+    """Share of attention weights dropped in training (phi-1: 0.1); never stored in a checkpoint"""
+    residual_dropout: float | None = None
+    """Share of the attention's and MLP's outputs dropped in training (phi-1: 0.1)"""
+    weight_decay_on: Literal["all", "matrices"] | None = None
+    """Which parameters the optimizer's weight decay pulls: all of them (LitGPT), or only the weights
+    of linear layers, leaving out biases, norms and embeddings"""
+    z_loss: float | None = None
+    """Weight of the mean squared log-partition added to the loss (PaLM: 1e-4)"""
+    init: Literal["litgpt", "normal", "gpt2"] | None = None
+    """Initial weights: litgpt (GPT-NeoX, std sqrt(0.4 / n_embd)), normal (std 0.02 and zero biases: what
+    the released phi-1 config says), gpt2 (normal, residual projections divided by sqrt(2 n_layer))"""
+    activation_checkpointing: Literal["none", "selective", "full"] | None = None
+    """What is recomputed in the backward pass, per block: nothing, all but matrix products and
+    attention, or everything"""
+    compile: Literal["auto", "on", "off"] | None = None
+    """Compile the blocks one by one; auto: where the run is long enough to win back the start"""
+    name_steps: dict[int, str] | None = None
+    """Optimizer steps whose checkpoint is kept and linked under a name, such as {24000: phi-1-base}"""
+    keep_last: int | None = None
+    """How many of the newest checkpoints to keep; default: all. Named and best ones always stay"""
+    keep_best: bool | None = None
+    """Validate at every save and link the checkpoint with the lowest held-out loss as best/"""
+    async_save: bool | None = None
+    """Write checkpoints in the background, from a copy of the state in host memory"""
+    checkpoint_format: Literal["full", "sharded"] | None = None
+    """One file of whole tensors, or one file of shards per rank (`phi-lit consolidate` joins them)"""
+    on_nonfinite: Literal["stop", "skip"] | None = None
+    """What to do at a NaN, infinite or exploding loss: stop and name the last good checkpoint (the
+    default), or skip that step and count it"""
+    sample_prompt: str | None = None
+    """Text that the model continues after each validation, to be read"""
+    resume_changed: bool | None = None
+    """Resume even if model, data, batch, optimizer or schedule differ from the checkpoint's"""
+
+    def check(self) -> list[str]:
+        """Return what is wrong with the values themselves, a sentence each."""
+        faults = []
+        for name in ("attention_dropout", "residual_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                faults.append(f"train.{name} is {value}; it is a share, from 0 up to below 1")
+        for name in (
+            "global_batch_size", "micro_batch_size", "max_tokens", "max_steps", "max_time",
+            "lr_total_steps", "lr_decay_steps", "keep_last", "save_interval", "log_interval",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, int | float) and value <= 0:
+                faults.append(f"train.{name} is {value}; it must be above zero")
+        if self.z_loss is not None and self.z_loss < 0:
+            faults.append(f"train.z_loss is {self.z_loss}; it must not be negative")
+        return faults
+
+
+OURS = tuple(
+    field.name
+    for field in fields(TrainArgs)
+    if field.name not in {stock.name for stock in fields(LitGPTTrainArgs)}
+)
+"""The names of the fields that LitGPT's own TrainArgs lacks."""
+
+
+def asks_for_ours(train: LitGPTTrainArgs) -> bool:
+    """Tell whether any option that only our loop knows is set."""
+    return train.micro_batch_size == "auto" or any(
+        getattr(train, name, None) is not None for name in OURS
+    )
+
+
+def raise_together(faults: list[str]) -> None:
+    """Raise one `UserError` that holds all faults, if there are any."""
+    if faults:
+        raise UserError("; ".join(faults) + ".")

@@ -1,0 +1,366 @@
+"""Making a run out of a job: data connected, model built and placed, state taken up again.
+
+The order matters and is told here once: dropout, activation checkpointing, compilation of the blocks,
+then Fabric's wrapper (which shards), then the optimizer over the parameters as they are by then.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning import Fabric
+from litgpt.model import GPT
+from litgpt.prompts import save_prompt_style
+from litgpt.tokenizer import Tokenizer
+from litgpt.utils import save_config
+
+from phi_lit.data.tokenizer import load_tokenizer
+from phi_lit.errors import UserError
+from phi_lit.train import checkpoint
+from phi_lit.train.checkpoint import Place
+from phi_lit.train.checkpointing import apply_activation_checkpointing
+from phi_lit.train.devices import peak_for
+from phi_lit.train.dropout import apply_dropout
+from phi_lit.train.feed import Feed, make_feed
+from phi_lit.train.flops import count_parameters, flops_per_token_6n_12ldt
+from phi_lit.train.init import initialize
+from phi_lit.train.job import Job, Machine, plain
+from phi_lit.train.loop import Course, Run, unwrapped
+from phi_lit.train.microbatch import largest_micro_batch
+from phi_lit.train.model import LossModel, compile_blocks
+from phi_lit.train.monitor import Monitor
+from phi_lit.train.optim import build_optimizer, parse_optimizer
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "generation_config.json",
+)
+
+COMPILE_PAYS_AFTER = 120.0
+"""Seconds that a run must be expected to last before `compile: auto` compiles on a CPU."""
+
+USUAL_MFU = 0.3
+"""Share of the peak that such an expectation counts with."""
+
+
+def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
+    """Prepare the data, build and place the model, and take up a saved state if asked."""
+    connect_data(job, fabric, micro_batch=1)
+    course = plan_course(job, make_job_feed(job, fabric, 1).rows_per_epoch)
+    resume_dir = checkpoint.find_resume(job.arguments["resume"], out_dir, fabric.print)
+    manifest = checkpoint.read_manifest(resume_dir) if resume_dir else None
+    identity = describe(job, machine, course)
+    if manifest is not None:
+        refuse_changes(str(resume_dir), manifest["run"], identity, job.train.resume_changed)
+
+    model = build_model(job, first_weights=resume_dir is None)
+    micro_batch = choose_micro_batch(job, machine, fabric, model, resume_dir)
+    course = plan_course(job, course.rows_per_epoch, micro_batch * fabric.world_size)
+    if should_compile(job, machine, course):
+        compile_blocks(model.gpt)
+    module, optimizers = place_model(job, fabric, model)
+    place = Place(micro_batch_size=micro_batch)
+    if resume_dir is not None and manifest is not None:
+        place = take_up(resume_dir, manifest, fabric, module, optimizers)
+        place.micro_batch_size = micro_batch
+
+    connect_data(job, fabric, micro_batch=micro_batch)
+    feed = make_job_feed(job, fabric, micro_batch)
+    feed.seek(place.rows)
+    peak = peak_for(fabric.device, arithmetic_of(machine.precision))
+    monitor = Monitor(
+        fabric, out_dir, total=course.steps, done=place.step,
+        tokens_per_step=job.train.global_batch_size * job.length,
+        flops_per_token=flops_per_token_6n_12ldt(job.config, job.length),
+        peak_flops=peak * fabric.world_size,
+    )  # fmt: skip
+    return Run(
+        fabric=fabric, module=module, optimizers=optimizers, feed=feed,
+        held_out=job.data.val_dataloader, course=course, train=job.train, place=place,
+        monitor=monitor, out_dir=out_dir, seed=job.arguments["seed"], identity=identity,
+        write_side_files=side_files(job), uniform_loss=math.log(job.config.padded_vocab_size or 2),
+        sample=sampler(job, fabric, model),
+    )  # fmt: skip
+
+
+def arithmetic_of(precision: str) -> torch.dtype:
+    """Return the dtype of the matrix products under a precision."""
+    if precision.startswith("bf16"):
+        return torch.bfloat16
+    return torch.float16 if precision.startswith("16") else torch.float32
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+def connect_data(job: Job, fabric: Fabric, *, micro_batch: int) -> None:
+    """Let the data module know the tokenizer and shapes, and prepare it on rank 0 first."""
+    tokenizer = Tokenizer(job.tokenizer_dir) if job.tokenizer_dir else None
+    extra = {"tokenizer_dir": job.tokenizer_dir} if hasattr(job.data, "tokenizer_dir") else {}
+    job.data.connect(
+        tokenizer=tokenizer, batch_size=micro_batch, max_seq_length=job.length, **extra
+    )
+    with fabric.rank_zero_first():
+        job.data.prepare_data()
+    job.data.setup()
+
+
+def make_job_feed(job: Job, fabric: Fabric, micro_batch: int) -> Feed:
+    """Return the feed of the training split for this rank."""
+    return make_feed(
+        job.data.train_dataloader(),
+        micro_batch=micro_batch,
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+        seed=job.arguments["seed"],
+        max_seq_length=job.length,
+    )
+
+
+# ------------------------------------------------------------------------------------------ course
+
+
+def plan_course(
+    job: Job, rows_per_epoch: int | None, rows_per_micro_step: int | None = None
+) -> Course:
+    """Turn max_steps, max_tokens, epochs and warm-up into optimizer steps."""
+    train = job.train
+    rows = train.global_batch_size
+    limits = []
+    if train.max_steps is not None:
+        limits.append(train.max_steps)
+    if train.max_tokens is not None:
+        limits.append(train.max_tokens // (rows * job.length))
+    if train.epochs is not None and rows_per_epoch is not None:
+        limits.append(train.epochs * rows_per_epoch // rows)
+    if not limits:
+        raise UserError("nothing says when to stop: set train.max_steps, max_tokens or epochs")
+    steps = min(limits)
+    if steps < 1:
+        raise UserError(
+            f"the run would end before its first step: a step takes {rows} rows of {job.length} "
+            f"tokens = {rows * job.length:,} tokens; max_tokens is {train.max_tokens}, and the data "
+            f"hold {rows_per_epoch} rows; lower train.global_batch_size or train longer"
+        )
+    total = train.lr_total_steps or steps
+    if train.lr_warmup_fraction and rows_per_epoch:
+        warmup = math.ceil(train.lr_warmup_fraction * rows_per_epoch / rows)
+    else:
+        warmup = train.lr_warmup_steps or 0
+    return Course(
+        steps=steps,
+        rows_per_epoch=rows_per_epoch,
+        schedule=train.lr_schedule or "cosine",
+        warmup=min(warmup, total),
+        schedule_steps=total,
+        decay=train.lr_decay_steps or total // 10,
+        floor=train.min_lr,
+        accumulate=rows // (rows_per_micro_step or rows),
+        global_batch_size=rows,
+        validate_every=job.eval.interval,
+        validate_batches=job.eval.max_iters,
+    )
+
+
+def describe(job: Job, machine: Machine, course: Course) -> dict[str, Any]:
+    """Return what a resumed run must match, as plain JSON: model, data, batch, recipe.
+
+    Numbers of processes and rows per forward pass are left out: they may change.
+    """
+    train = job.train
+    cls, init_args = parse_optimizer(job.arguments["optimizer"])
+    tokenizer = load_tokenizer(job.tokenizer_dir).fingerprint if job.tokenizer_dir else None
+    identity = getattr(job.data, "identity", None)
+    description = {
+        "model": {key: value for key, value in vars(job.config).items() if key != "hf_config"},
+        "data": identity() if identity else plain(job.data),
+        "tokenizer": tokenizer,
+        "batch": {"global_batch_size": train.global_batch_size, "max_seq_length": job.length},
+        "optimizer": {"class": f"{cls.__module__}.{cls.__qualname__}", **init_args},
+        "schedule": {
+            key: getattr(course, key)
+            for key in ("schedule", "warmup", "schedule_steps", "decay", "floor")
+        },
+        "loss": {"z_loss": train.z_loss, "max_norm": train.max_norm},
+        "weight_decay_on": train.weight_decay_on,
+        "dropout": {"attention": train.attention_dropout, "residual": train.residual_dropout},
+        "precision": machine.precision,
+        "seed": job.arguments["seed"],
+    }
+    return json.loads(json.dumps(description, default=str))
+
+
+def refuse_changes(
+    source: str, saved: dict[str, Any], now: dict[str, Any], allowed: bool | None
+) -> None:
+    """Raise if a run differs from the one that a checkpoint comes from, unless it may."""
+    changes = checkpoint.differences(saved, now)
+    if changes and not allowed:
+        raise UserError(
+            f"cannot resume from {source}, because {'; '.join(changes)}. Undo that, choose another "
+            "out_dir, or set train.resume_changed: true to go on all the same"
+        )
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+def build_model(job: Job, *, first_weights: bool) -> LossModel:
+    """Build the model in float32 on the CPU, the same on every rank.
+
+    Args:
+        job: names the model, its first weights and what is done to its blocks.
+        first_weights: fill it (a resumed run's weights come from its checkpoint instead).
+    """
+    train = job.train
+    torch.manual_seed(job.arguments["seed"])
+    gpt = GPT(job.config)
+    if first_weights and job.weights_dir is None:
+        initialize(gpt, train.init or "litgpt")
+    if train.tie_embeddings:
+        gpt.transformer.wte.weight = gpt.lm_head.weight
+    if first_weights and job.weights_dir is not None:
+        checkpoint.load_weights(gpt, job.weights_dir)
+    gpt.max_seq_length = job.length
+    apply_dropout(
+        gpt, attention=train.attention_dropout or 0.0, residual=train.residual_dropout or 0.0
+    )
+    apply_activation_checkpointing(gpt, train.activation_checkpointing or "none")
+    return LossModel(gpt, z_loss=train.z_loss or 0.0)
+
+
+def choose_micro_batch(
+    job: Job, machine: Machine, fabric: Fabric, model: LossModel, resume_dir: Path | None
+) -> int:
+    """Return the rows per forward pass: as given, as in the resumed run, or as many as fit."""
+    given = job.train.micro_batch_size
+    if given != "auto":
+        return given
+    if resume_dir is not None:
+        saved = checkpoint.load_file(resume_dir / checkpoint.STATE_FILE)["micro_batch_size"]
+        if job.train.global_batch_size % (saved * fabric.world_size) == 0:
+            return saved
+    chosen = largest_micro_batch(job, machine, fabric, model)
+    fabric.print(f"micro_batch_size: {chosen} rows per forward pass and rank")
+    return chosen
+
+
+def should_compile(job: Job, machine: Machine, course: Course) -> bool:
+    """Tell whether to compile the blocks: as asked, or where the run is long enough to pay.
+
+    Raises:
+        UserError: compilation is asked for, but there is no compiler for this device.
+    """
+    mode = job.train.compile or "auto"
+    compiler = has_compiler(machine.kind)
+    if mode == "on" and not compiler:
+        need = "a C++ compiler (g++)" if machine.kind == "cpu" else "the package triton"
+        raise UserError(f"train.compile is on, but torch.compile needs {need} here")
+    if mode != "auto" or not compiler:
+        return mode == "on"
+    if machine.kind == "cuda":
+        return True
+    flops = flops_per_token_6n_12ldt(job.config, job.length)
+    tokens = course.steps * course.global_batch_size * job.length
+    peak = peak_for(torch.device("cpu"), arithmetic_of(machine.precision)) * machine.world
+    return tokens * flops / (USUAL_MFU * peak) > COMPILE_PAYS_AFTER
+
+
+def has_compiler(kind: str) -> bool:
+    """Tell whether torch.compile has what it needs for a kind of device."""
+    if kind == "cuda":
+        from torch.utils._triton import has_triton
+
+        return has_triton()
+    return shutil.which("g++") is not None or shutil.which("clang++") is not None
+
+
+def place_model(job: Job, fabric: Fabric, model: LossModel) -> tuple[torch.nn.Module, list[Any]]:
+    """Put the model where it trains and make its optimizers; returns both in Fabric's wrappers."""
+    cosine, sine = model.gpt.cos, model.gpt.sin
+    module = fabric.setup_module(model)
+    # Rotary tables stay float32: rounded to bf16 they would blur the later positions.
+    model.gpt.cos, model.gpt.sin = cosine.to(fabric.device), sine.to(fabric.device)
+    optimizers = build_optimizer(
+        model, job.arguments["optimizer"], job.train.weight_decay_on or "all"
+    )
+    total = count_parameters(job.config, tie_embeddings=bool(job.train.tie_embeddings)).total
+    fabric.print(f"{job.config.name}: {total:,} parameters")
+    return module, [fabric.setup_optimizers(optimizer) for optimizer in optimizers]
+
+
+def take_up(
+    resume_dir: Path, manifest: dict[str, Any], fabric: Fabric, module: Any, optimizers: list[Any]
+) -> Place:
+    """Fill model, optimizers and loss scale from a checkpoint; returns its place."""
+    model_state, optimizer_state, place = checkpoint.read_state(resume_dir, manifest)
+    raw = [optimizer.optimizer for optimizer in optimizers]
+    checkpoint.scatter(unwrapped(module), raw, model_state, optimizer_state)
+    if place.scaler:
+        fabric._precision.scaler.load_state_dict(place.scaler)  # type: ignore[attr-defined]
+    fabric.print(f"resuming after step {place.step} from {resume_dir}")
+    return place
+
+
+# --------------------------------------------------------------------------------- side by side
+
+
+def side_files(job: Job) -> Callable[[Path], None]:
+    """Return what writes a checkpoint's other files, those that make it LitGPT's."""
+
+    def write(directory: Path) -> None:
+        save_config(job.config, directory)
+        for name in TOKENIZER_FILES if job.tokenizer_dir else ():
+            if (job.tokenizer_dir / name).is_file():  # type: ignore[operator]
+                shutil.copyfile(job.tokenizer_dir / name, directory / name)  # type: ignore[operator]
+        save_prompt_style(job.prompt_style, directory)
+        with open(directory / "hyperparameters.yaml", "w", encoding="utf-8") as file:
+            yaml.safe_dump(plain(job.arguments), file, sort_keys=False)
+
+    return write
+
+
+def sampler(job: Job, fabric: Fabric, model: LossModel) -> Callable[[], str] | None:
+    """Return what lets the model continue `train.sample_prompt`, where it can.
+
+    One process only: a sharded model has no place to keep a cache of keys and values.
+    """
+    prompt = job.train.sample_prompt
+    if prompt is None or job.tokenizer_dir is None or fabric.world_size > 1:
+        return None
+    tokenizer = Tokenizer(job.tokenizer_dir)
+    return lambda: sample_text(model.gpt, tokenizer, prompt, fabric.device)
+
+
+@torch.no_grad()
+def sample_text(
+    gpt: GPT, tokenizer: Tokenizer, prompt: str, device: torch.device, new_tokens: int = 100
+) -> str:
+    """Let `gpt` continue a prompt, and leave it in training mode without a cache."""
+    from litgpt.generate.base import generate
+
+    encoded = tokenizer.encode(prompt, device=device)
+    gpt.eval()
+    gpt.set_kv_cache(batch_size=1, device=device, dtype=gpt.lm_head.weight.dtype)
+    try:
+        # Every length would be compiled anew; for a few tokens that is the slow way.
+        with torch.compiler.set_stance("force_eager"):
+            written = generate(
+                gpt,
+                encoded,
+                max_returned_tokens=min(len(encoded) + new_tokens, gpt.max_seq_length),
+                temperature=0.8,
+                top_k=50,
+                eos_id=tokenizer.eos_id,
+            )
+    finally:
+        gpt.clear_kv_cache()
+        gpt.train()
+    return tokenizer.decode(written)

@@ -1,0 +1,161 @@
+"""What the loop eats: micro-batches of (inputs, targets) at a place that is one number.
+
+The place is counted in rows (examples) consumed by all ranks together since the start, so it means
+the same on any number of ranks: a global slice of rows p .. p + m W gives rank r the rows from
+p + r m on. Rows of the next epoch follow without a gap. Loaders that come from LitGPT's own data
+modules are fed the same way where their dataset can be indexed, and as a stream elsewhere.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from phi_lit.data.rows import RowLoader, RowOrder
+from phi_lit.train.init import seeded
+
+IGNORE = -100
+"""Targets with this id never enter the loss."""
+
+
+class Feed(Protocol):
+    """A place in an endless stream of rows, from which micro-batches are taken."""
+
+    position: int
+    """Rows consumed by all ranks together since the start."""
+    rows_per_epoch: int | None
+    """Rows in one pass, or None where unknown (a stream)."""
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Return this rank's next (inputs, targets), each (rows, T) of int64, and move on."""
+        ...
+
+    def seek(self, position: int) -> None:
+        """Go to a place, counted in rows of all ranks."""
+        ...
+
+
+def pair(batch: Any, max_seq_length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Split a batch into (inputs, targets), the target of a token being the one after it.
+
+    A tensor is rows of T + 1 ids; a mapping has `input_ids` and `labels` of equal shape, labels being
+    `IGNORE` where nothing is to be learned (LitGPT's finetuning batches).
+    """
+    inputs, labels = (
+        (batch["input_ids"], batch["labels"]) if isinstance(batch, dict) else (batch, batch)
+    )
+    if max_seq_length is not None:
+        inputs, labels = inputs[:, : max_seq_length + 1], labels[:, : max_seq_length + 1]
+    return inputs[:, :-1].contiguous().long(), labels[:, 1:].contiguous().long()
+
+
+class RowFeed:
+    """Rows of a token store: the loader already keeps its place as a number."""
+
+    def __init__(self, loader: RowLoader) -> None:
+        self._loader = loader
+        self._rows: Iterator[Tensor] = iter(loader)
+        self.rows_per_epoch: int | None = loader.n_rows
+
+    @property
+    def position(self) -> int:
+        """Rows consumed by all ranks together since the start."""
+        return self._loader.position
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Return this rank's next (inputs, targets)."""
+        return pair(next(self._rows))
+
+    def seek(self, position: int) -> None:
+        """Go to a place, in constant time."""
+        self._loader.load_state_dict({"position": position})
+        self._rows = iter(self._loader)
+
+
+class ExampleFeed:
+    """Examples of any indexable dataset, in an order that is a pure function of (seed, epoch)."""
+
+    def __init__(
+        self, loader: DataLoader, *, micro_batch: int, rank: int, world: int, seed: int,
+        max_seq_length: int | None,
+    ) -> None:  # fmt: skip
+        self._dataset, self._collate = loader.dataset, loader.collate_fn
+        self._micro_batch, self._rank, self._world = micro_batch, rank, world
+        self._max_seq_length = max_seq_length
+        self.rows_per_epoch: int | None = len(self._dataset)  # type: ignore[arg-type]
+        self._order = RowOrder(seed=seed, n_rows=self.rows_per_epoch)
+        self.position = 0
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Return this rank's next (inputs, targets), padded by the dataset's own collation."""
+        first = self.position + self._rank * self._micro_batch
+        rows = self._order.rows(first, self._micro_batch)
+        self.position += self._micro_batch * self._world
+        batch = self._collate([self._dataset[int(row)] for row in rows])
+        return pair(batch, self._max_seq_length)
+
+    def seek(self, position: int) -> None:
+        """Go to a place, in constant time."""
+        self.position = position
+
+
+class StreamFeed:
+    """Batches of a loader that can only be read forward; resuming reads up to the place again."""
+
+    def __init__(
+        self, loader: DataLoader, *, micro_batch: int, world: int, seed: int,
+        max_seq_length: int | None,
+    ) -> None:  # fmt: skip
+        self._loader, self._seed, self._max_seq_length = loader, seed, max_seq_length
+        self._rows_per_take = micro_batch * world
+        self.rows_per_epoch: int | None = None
+        self.seek(0)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Return this rank's next (inputs, targets)."""
+        batch = next(self._stream)
+        self.position += self._rows_per_take
+        return pair(batch, self._max_seq_length)
+
+    def seek(self, position: int) -> None:
+        """Read the stream from its start up to a place."""
+        self.position = 0
+        self._stream = self._batches()
+        while self.position < position:
+            self.take()
+
+    def _batches(self) -> Iterator[Any]:
+        epoch = 0
+        while True:
+            # A shuffling sampler draws its order from torch's generator when iteration starts.
+            torch.manual_seed(seeded(self._seed, epoch, 0, 0))
+            empty = True
+            for batch in self._loader:
+                empty = False
+                yield batch
+            if empty:
+                raise RuntimeError(f"{type(self._loader).__name__} yields no batch at all")
+            epoch += 1
+
+
+def make_feed(
+    loader: Any, *, micro_batch: int, rank: int, world: int, seed: int, max_seq_length: int | None
+) -> Feed:
+    """Return the feed that fits a data module's loader."""
+    if isinstance(loader, RowLoader):
+        return RowFeed(loader)
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        return StreamFeed(
+            loader, micro_batch=micro_batch, world=world, seed=seed, max_seq_length=max_seq_length
+        )
+    return ExampleFeed(
+        loader,
+        micro_batch=micro_batch,
+        rank=rank,
+        world=world,
+        seed=seed,
+        max_seq_length=max_seq_length,
+    )

@@ -1,0 +1,203 @@
+"""From a command's arguments to a run: checked, built, started, finished.
+
+Both `litgpt pretrain` and `litgpt finetune_full` come here with a `Job`. What can be wrong with the
+arguments is gathered and raised in one line before data are prepared or a model is built.
+"""
+
+import pprint
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from lightning import Fabric
+from litgpt.utils import (
+    choose_logger,
+    extend_checkpoint_dir,
+    get_default_supported_precision,
+    init_out_dir,
+    parse_devices,
+)
+
+from phi_lit.data.tokenizer import load_tokenizer
+from phi_lit.files import disk_errors
+from phi_lit.registry import VOCABULARY
+from phi_lit.train import checkpoint
+from phi_lit.train.args import TrainArgs, raise_together
+from phi_lit.train.build import build
+from phi_lit.train.job import Job, Machine, flat, plain
+from phi_lit.train.loop import Run, Stopped, fit, is_due, validate
+from phi_lit.train.monitor import memory, read_record
+from phi_lit.train.optim import parse_optimizer
+from phi_lit.train.strategy import check_precision, check_strategy, make_strategy
+
+
+def launch(job: Job) -> None:
+    """Check a job, build its run, train, and leave a checkpoint in `out_dir/final`."""
+    arguments = job.arguments
+    job.tokenizer_dir = _existing(job.tokenizer_dir)
+    job.weights_dir = _existing(job.weights_dir)
+    out_dir = init_out_dir(arguments["out_dir"])
+    machine = Machine(
+        devices=parse_devices(arguments["devices"]),
+        num_nodes=arguments["num_nodes"],
+        precision=arguments["precision"] or get_default_supported_precision(training=True),
+        kind="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    check(job, machine)
+    with disk_errors(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        logger = choose_logger(
+            arguments["logger_name"], out_dir, name=f"{job.command}-{job.config.name}",
+            resume=bool(arguments["resume"]), log_interval=job.train.log_interval,
+            log_args=asdict(arguments["log"]),
+        )  # fmt: skip
+    fabric = Fabric(
+        accelerator=machine.kind,
+        devices=machine.devices,
+        num_nodes=machine.num_nodes,
+        precision=machine.precision,  # type: ignore[arg-type]
+        loggers=[logger],
+        strategy=make_strategy(
+            arguments["strategy"] or "auto",
+            sharding=arguments["sharding"] or "full",
+            cpu_offload=arguments["cpu_offload"],
+            precision=machine.precision,
+            devices=machine.devices,
+            num_nodes=machine.num_nodes,
+        ),
+    )
+    fabric.launch()
+    fabric.print(pprint.pformat(plain(arguments), width=100))
+    if fabric.global_rank == 0 and hasattr(fabric.logger, "log_hyperparams"):
+        fabric.logger.log_hyperparams(flat(plain(arguments)))
+    run = build(job, machine, fabric, out_dir)
+    try:
+        _train(job, run)
+    finally:
+        run.monitor.close()
+
+
+def check(job: Job, machine: Machine) -> None:
+    """Raise one `UserError` with everything that is wrong with a job's arguments."""
+    arguments, train = job.arguments, job.train
+    strategy = arguments["strategy"] or "auto"
+    faults = train.check()
+    faults += check_precision(machine.precision, device=machine.kind, strategy=strategy)
+    faults += check_strategy(
+        "fsdp" if strategy == "auto" and machine.world > 1 else strategy,
+        world=machine.world,
+        device=machine.kind,
+        precision=machine.precision,
+        cpu_offload=arguments["cpu_offload"],
+    )
+    faults += _batch_faults(train, machine.world)
+    if arguments["resume"] and arguments.get("initial_checkpoint_dir"):
+        faults.append("resume and initial_checkpoint_dir are both given; choose one")
+    length = train.max_seq_length
+    if length is not None and not 1 <= length <= job.config.block_size:
+        faults.append(
+            f"train.max_seq_length is {length}; {job.config.name} takes 1 to "
+            f"{job.config.block_size}"
+        )
+    if train.async_save and train.checkpoint_format == "sharded":
+        faults.append("train.async_save writes whole tensors; leave out checkpoint_format: sharded")
+    faults += _vocabulary_faults(job)
+    parse_optimizer(arguments["optimizer"])
+    raise_together(faults)
+
+
+def _vocabulary_faults(job: Job) -> list[str]:
+    """Hold the tokenizer against the model: ids must fit, and phi-1 means codegen's."""
+    if job.tokenizer_dir is None:
+        return []
+    tokenizer = load_tokenizer(job.tokenizer_dir)
+    name, room = job.config.name, job.config.padded_vocab_size or 0
+    promised = VOCABULARY.get(name)
+    if tokenizer.vocab_size > room:
+        return [
+            f"the tokenizer {job.tokenizer_dir} has {tokenizer.vocab_size:,} ids, {name} has room "
+            f"for {room:,}; choose another tokenizer_dir or model"
+        ]
+    if promised is not None and tokenizer.vocab_size != promised:
+        return [
+            f"{name} means codegen's vocabulary of {promised:,} ids, the tokenizer "
+            f"{job.tokenizer_dir} has {tokenizer.vocab_size:,}; make codegen's with `phi-lit "
+            "tokenizer codegen`, or choose a model with a vocabulary of its own (phi1-nano)"
+        ]
+    return []
+
+
+def _batch_faults(train: TrainArgs, world: int) -> list[str]:
+    micro = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
+    rows = train.global_batch_size
+    if rows % (micro * world) == 0:
+        return []
+    fitting = [n for n in range(1, rows // world + 1) if rows % (n * world) == 0]
+    allowed = f"allowed here: {', '.join(map(str, fitting))}" if fitting else "none fits"
+    return [
+        f"train.global_batch_size {rows} is not a multiple of micro_batch_size {micro} x {world} "
+        f"devices; micro_batch_size {allowed}"
+    ]
+
+
+def _existing(directory: Path | None) -> Path | None:
+    return None if directory is None else extend_checkpoint_dir(Path(directory))
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def _train(job: Job, run: Run) -> None:
+    """Train to the end and leave `final/`, the loss curve and a summary."""
+    fabric, course = run.fabric, run.course
+    if run.place.step >= course.steps:
+        fabric.print(f"nothing to do: this run already ended at step {run.place.step}")
+    if job.eval.initial_validation and run.place.step == 0:
+        validate(run)
+    try:
+        fit(run)
+    except Stopped as stopped:
+        run.monitor.say(
+            f"stopped by {stopped} after step {run.place.step}; saved, go on with --resume auto"
+        )
+        return
+    if job.eval.final_validation and not is_due(course.steps, course.validate_every):
+        validate(run)
+    if fabric.global_rank == 0:
+        last = run.out_dir / f"step-{run.place.step:08d}"
+        checkpoint.copy_as_final(last, run.out_dir / "final")
+        run.monitor.close()
+        _summarize(job, run)
+    fabric.barrier()
+
+
+def _summarize(job: Job, run: Run) -> None:
+    """Draw the loss curve and print what a reader wants to know at the end."""
+    from phi_lit.train.plot import plot_losses
+
+    rows = read_record(run.out_dir)
+    entropy = getattr(job.data, "unigram_entropy", lambda: None)()
+    plot_losses(
+        rows,
+        run.out_dir / "losses.png",
+        title=f"{job.command} {job.config.name}",
+        reference={} if entropy is None else {"unigram entropy": entropy},
+    )
+    held_out = [row["val_loss"] for row in rows if "val_loss" in row]
+    lines = {"steps": f"{run.place.step:,}", "tokens": f"{rows[-1]['tokens']:,}" if rows else "0"}
+    if held_out:
+        lines["held-out loss"] = f"{held_out[-1]:.4f} nats per token"
+    if entropy is not None:
+        lines["unigram entropy"] = f"{entropy:.4f} nats per token (no context at all)"
+    if run.monitor.steps:
+        tokens = run.monitor.steps * run.monitor.tokens_per_step
+        lines["training time"] = f"{run.monitor.seconds:,.1f} s in this process"
+        lines["speed"] = f"{tokens / run.monitor.seconds:,.0f} tokens/s"
+    lines["memory"] = f"{memory(run.fabric)['memory_gb']:.2f} GB"
+    if run.place.skipped:
+        lines["skipped steps"] = f"{run.place.skipped:,}"
+    lines["loss curve"] = str(run.out_dir / "losses.png")
+    lines["checkpoint"] = str(run.out_dir / "final")
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        print(f"{name:<{width}}  {value}")

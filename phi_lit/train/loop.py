@@ -1,0 +1,373 @@
+"""The training loop: batch -> loss -> step -> log -> validate -> save. One for every command.
+
+Everything that decides a step is a pure function of its number: the rows (`feed.py`), the learning
+rate (`schedule.py`) and the seed of its dropout masks (`init.py`). So a run that was killed anywhere
+and resumed from its last checkpoint repeats the missing steps to the bit. What is trained, on what,
+and with which options is settled before, in `pretrain.py` and `finetune.py`.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning import Fabric
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from phi_lit.errors import UserError
+from phi_lit.train import checkpoint
+from phi_lit.train.args import TrainArgs
+from phi_lit.train.checkpoint import Background, Place
+from phi_lit.train.feed import IGNORE, Feed, pair
+from phi_lit.train.init import reseed
+from phi_lit.train.monitor import Monitor
+from phi_lit.train.schedule import learning_rate
+
+EXPLODED = 3.0
+"""A loss above this many times that of a uniform guess counts as exploded."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """The numbers that a run follows, all in optimizer steps."""
+
+    steps: int
+    """Where the run ends."""
+    rows_per_epoch: int | None
+    """Rows in one pass over the data, or None where unknown."""
+    schedule: str
+    warmup: int
+    schedule_steps: int
+    """What the schedule is aimed at; a run may end earlier."""
+    decay: int
+    floor: float
+    """The lowest learning rate of the schedule."""
+    accumulate: int
+    """Micro-batches per step and rank."""
+    global_batch_size: int
+    """Rows per step, all ranks together."""
+    validate_every: int
+    validate_batches: int
+    """Micro-batches per rank and validation."""
+
+    def rate(self, step: int, peak: float) -> float:
+        """Return the learning rate of a step, counted from 0, for a peak rate."""
+        return learning_rate(
+            step,
+            self.schedule,
+            peak=peak,
+            floor=min(self.floor, peak),
+            warmup=self.warmup,
+            total=self.schedule_steps,
+            decay=self.decay,
+        )
+
+
+@dataclass
+class Run:
+    """A training run under way: what is trained, on what, where it stands and where it saves."""
+
+    fabric: Fabric
+    module: nn.Module
+    """The training module in Fabric's wrapper; called with (inputs, targets) it returns the loss."""
+    optimizers: list[Optimizer]
+    """In Fabric's wrapper."""
+    feed: Feed
+    held_out: Callable[[], Iterable[Any]]
+    """Makes one pass over the validation batches."""
+    course: Course
+    train: TrainArgs
+    place: Place
+    monitor: Monitor
+    out_dir: Path
+    seed: int
+    identity: dict[str, Any]
+    """What a resumed run must match."""
+    write_side_files: Callable[[Path], None]
+    """Writes what makes a checkpoint directory LitGPT's: config, tokenizer, prompt style."""
+    uniform_loss: float
+    """Loss of a uniform guess: ln(vocabulary)."""
+    sample: Callable[[], str] | None = None
+    """Lets the model write, or None."""
+    background: Background | None = None
+
+    def __post_init__(self) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group.setdefault("peak_lr", float(group["lr"]))
+        if self.train.async_save:
+            self.background = Background()
+
+
+class Stopped(Exception):
+    """A run that ended before its last step on purpose; its state is saved."""
+
+
+def fit(run: Run) -> None:
+    """Train from the run's place to the end of its course, saving as it goes.
+
+    Raises:
+        Stopped: after SIGTERM, a first Ctrl-C, or `max_time`; the state is saved.
+        UserError: the loss is NaN, infinite or exploding; the last good checkpoint is named.
+    """
+    started = time.monotonic()
+    saved_at = run.place.step if run.place.step else None
+    with stop_signals() as asked:
+        while run.place.step < run.course.steps:
+            out_of_time = run.train.max_time is not None and (
+                time.monotonic() - started >= run.train.max_time
+            )
+            stop = step_once(run, stop=bool(asked) or out_of_time)
+            if is_due(run.place.step, run.course.validate_every):
+                validate(run)
+            if (
+                stop
+                or is_due(run.place.step, run.train.save_interval)
+                or run.place.step in (run.train.name_steps or {})
+            ):
+                save(run)
+                saved_at = run.place.step
+            if stop and run.place.step < run.course.steps:
+                finish_saving(run)
+                reason = asked[0] if asked else f"max_time of {run.train.max_time:g} s"
+                raise Stopped(reason)
+        if saved_at != run.place.step:
+            save(run)
+        finish_saving(run)
+
+
+def is_due(step: int, interval: int | None) -> bool:
+    """Tell whether something that happens every `interval` steps happens after this one."""
+    return interval is not None and step % interval == 0
+
+
+def step_once(run: Run, *, stop: bool) -> bool:
+    """Do one optimizer step; returns whether any rank wants to stop after it."""
+    began = time.perf_counter()
+    fabric, course, step = run.fabric, run.course, run.place.step
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = course.rate(step, group["peak_lr"])
+    batches = [run.feed.take() for _ in range(course.accumulate)]
+    # A step's loss is the mean over all its target tokens, wherever they lie: masked targets may
+    # be spread unevenly over micro-batches and ranks. Ranks' gradients are averaged, hence the
+    # number of ranks.
+    total = _total(fabric, sum(int((targets != IGNORE).sum()) for _, targets in batches))
+    denominator = max(total, 1) / fabric.world_size
+    loss_sum = torch.zeros((), device=fabric.device)
+    for micro, (inputs, targets) in enumerate(batches):
+        reseed(run.seed, step, micro, fabric.global_rank)
+        last = micro == course.accumulate - 1
+        with fabric.no_backward_sync(run.module, enabled=not last):
+            loss = run.module(fabric.to_device(inputs), fabric.to_device(targets), denominator)
+            fabric.backward(loss)
+        loss_sum += loss.detach().float() / fabric.world_size
+    mean, stop = _reduce(fabric, loss_sum, stop)
+    norm = _clip(run)
+    if _is_good(run, mean, norm):
+        for optimizer in run.optimizers:
+            optimizer.step()
+    else:
+        _handle_bad(run, mean, norm)
+    for optimizer in run.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    run.place.step += 1
+    run.place.rows = run.feed.position
+    _report(run, mean, norm, seconds=time.perf_counter() - began)
+    return stop
+
+
+def _total(fabric: Fabric, count: int) -> int:
+    if fabric.world_size == 1:
+        return count
+    counted = torch.tensor(count, device=fabric.device)
+    return int(fabric.all_reduce(counted, reduce_op="sum"))
+
+
+def _reduce(fabric: Fabric, loss: Tensor, stop: bool) -> tuple[float, bool]:
+    """Return (the loss of all ranks, whether any of them wants to stop)."""
+    figures = torch.stack([loss, torch.tensor(float(stop), device=loss.device)])
+    if fabric.world_size > 1:
+        figures = fabric.all_reduce(figures, reduce_op="sum")
+    values = figures.tolist()
+    return values[0], values[1] > 0
+
+
+def _clip(run: Run) -> float:
+    """Clip the gradients to `max_norm` and return their norm before."""
+    limit = run.train.max_norm if run.train.max_norm is not None else math.inf
+    norm = run.fabric.clip_gradients(
+        run.module, run.optimizers[0], max_norm=limit, error_if_nonfinite=False
+    )
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return float(norm)
+
+
+def _scaler(fabric: Fabric) -> Any:
+    """Return the fp16 loss scale of Fabric's precision plugin, or None."""
+    return getattr(fabric._precision, "scaler", None)
+
+
+def _is_good(run: Run, loss: float, norm: float) -> bool:
+    # With a loss scale an infinite gradient is ordinary: the scaler leaves the step out itself.
+    norm_is_good = math.isfinite(norm) or _scaler(run.fabric) is not None
+    return norm_is_good and math.isfinite(loss) and loss <= EXPLODED * run.uniform_loss
+
+
+def _handle_bad(run: Run, loss: float, norm: float) -> None:
+    what = f"step {run.place.step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}"
+    if run.train.on_nonfinite == "skip":
+        run.place.skipped += 1
+        if (scaler := _scaler(run.fabric)) is not None:
+            scaler.update()  # closes the step that `_clip` opened by unscaling
+        run.monitor.say(f"{what}: step skipped ({run.place.skipped} so far)")
+        return
+    finish_saving(run)
+    good = next((path for _, path in checkpoint.step_dirs(run.out_dir)), None)
+    where = f"the last good checkpoint is {good}" if good else "no checkpoint was saved yet"
+    raise UserError(
+        f"{what}: training has diverged; {where}. Lower the learning rate, lengthen the warm-up, or "
+        "set train.on_nonfinite: skip"
+    )
+
+
+def _report(run: Run, loss: float, norm: float, *, seconds: float) -> None:
+    scaler = _scaler(run.fabric)
+    figures = {
+        "loss": loss,
+        "learning_rate": run.course.rate(
+            run.place.step - 1, run.optimizers[0].param_groups[0]["peak_lr"]
+        ),
+        "grad_norm": norm,
+        **({} if scaler is None else {"loss_scale": scaler.get_scale()}),
+        **({"skipped": run.place.skipped} if run.place.skipped else {}),
+    }
+    if run.feed.rows_per_epoch:
+        figures["epoch"] = run.feed.position / run.feed.rows_per_epoch
+    run.monitor.step(
+        step=run.place.step,
+        seconds=seconds,
+        log=is_due(run.place.step, run.train.log_interval),
+        **figures,
+    )
+
+
+@torch.no_grad()
+def validate(run: Run) -> float:
+    """Measure the held-out loss (nats per token, over all ranks), note it, let the model write."""
+    began = time.perf_counter()
+    fabric = run.fabric
+    run.module.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)
+    for number, batch in enumerate(run.held_out()):
+        if number >= run.course.validate_batches:
+            break
+        inputs, targets = pair(batch)
+        count = int((targets != IGNORE).sum())
+        if count:
+            loss = run.module(fabric.to_device(inputs), fabric.to_device(targets))
+            sums += torch.stack([loss.double() * count, loss.new_tensor(count).double()])
+    if fabric.world_size > 1:
+        sums = fabric.all_reduce(sums, reduce_op="sum")
+    run.module.train()
+    loss_sum, tokens = sums.tolist()
+    run.place.val_loss = loss_sum / tokens if tokens else math.nan
+    run.monitor.validated(
+        step=run.place.step, loss=run.place.val_loss, seconds=time.perf_counter() - began
+    )
+    if run.sample is not None:
+        run.monitor.say(f"--- sample after step {run.place.step}\n{run.sample()}\n---")
+    return run.place.val_loss
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of this moment; every rank must call it."""
+    directory = run.out_dir / f"step-{run.place.step:08d}"
+    if not is_due(run.place.step, run.course.validate_every):
+        run.place.val_loss = None
+        if run.train.keep_best:
+            validate(run)
+    scaler = _scaler(run.fabric)
+    place = Place(**{**vars(run.place), "scaler": scaler.state_dict() if scaler else {}})
+    raw = [getattr(optimizer, "optimizer", optimizer) for optimizer in run.optimizers]
+    whole = run.train.checkpoint_format != "sharded"
+    module = unwrapped(run.module)
+    model_state, optimizer_state = checkpoint.gather(module, raw, whole=whole)
+    if not whole:
+        checkpoint.write_sharded(
+            directory, model_state, optimizer_state, place, run.identity, run.write_side_files,
+            rank=run.fabric.global_rank, world=run.fabric.world_size, barrier=run.fabric.barrier,
+        )  # fmt: skip
+        if run.fabric.global_rank == 0:
+            _point(run, directory, place)
+        return
+    if run.fabric.global_rank != 0:
+        return
+    if run.background is not None:
+        model_state = checkpoint.to_host(model_state)
+        optimizer_state = checkpoint.to_host(optimizer_state)
+
+    def write() -> None:
+        checkpoint.write_whole(
+            directory, model_state, optimizer_state, place, run.identity, run.write_side_files
+        )
+        _point(run, directory, place)
+
+    if run.background is not None:
+        run.background.start(write)
+    else:
+        write()
+
+
+def _point(run: Run, directory: Path, place: Place) -> None:
+    """Link the new checkpoint and remove old ones, now that it is on the disk."""
+    checkpoint.link(run.out_dir, "latest", directory)
+    if run.train.keep_best and place.val_loss is not None:
+        if place.val_loss < checkpoint.best_so_far(run.out_dir):
+            checkpoint.link(run.out_dir, "best", directory)
+    if name := (run.train.name_steps or {}).get(place.step):
+        checkpoint.link(run.out_dir, name, directory)
+    if run.train.keep_last is not None:
+        checkpoint.prune(run.out_dir, run.train.keep_last)
+
+
+def finish_saving(run: Run) -> None:
+    """Wait for a checkpoint that is being written in the background."""
+    if run.background is not None:
+        run.background.wait()
+    run.fabric.barrier()
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the training module below Fabric's wrapper and DDP's (a sharded one stays as it is)."""
+    inner = getattr(module, "_forward_module", module)
+    return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner
+
+
+@contextmanager
+def stop_signals() -> Any:
+    """Collect SIGTERM and a first Ctrl-C as names in a list instead of dying of them."""
+    asked: list[str] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: signals are not ours to take
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,136 @@
+"""How the work is spread over processes, and in which number formats: Fabric's strategies by key.
+
+Sharding is FSDP2 (`fully_shard` per block) through Fabric's ModelParallelStrategy, the one path that
+also runs on CPU processes over gloo and so is tested everywhere. FSDP1 stays for fp16 with a loss
+scale on GPU, which FSDP2's strategy refuses. DeepSpeed is Fabric's own.
+"""
+
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.fabric.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+)
+from litgpt.model import Block
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
+"""What `precision` can be; fp16 needs a GPU."""
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others: rank 0 may be preparing data or writing a checkpoint."""
+
+
+def check_precision(precision: str, *, device: str, strategy: str) -> list[str]:
+    """Return what is wrong with a precision on a device ("cpu" or "cuda"), a sentence each."""
+    if precision not in PRECISIONS:
+        return [f"precision is {precision!r}; it can be {', '.join(PRECISIONS)}"]
+    if precision == "16-mixed" and device == "cpu":
+        return ["precision 16-mixed needs a GPU; on this CPU use bf16-mixed or 32-true"]
+    if precision.startswith("bf16") and device == "cuda" and not torch.cuda.is_bf16_supported():
+        return [f"this GPU has no bf16; use 16-mixed or 32-true instead of {precision}"]
+    return []
+
+
+def check_strategy(
+    strategy: str, *, world: int, device: str, precision: str, cpu_offload: bool
+) -> list[str]:
+    """Return what is wrong with a strategy on this many processes, a sentence each."""
+    faults = []
+    if strategy == "deepspeed":
+        try:
+            import deepspeed  # noqa: F401
+        except ImportError:
+            faults.append("strategy deepspeed needs its package: pip install 'phi-lit[deepspeed]'")
+        if device == "cpu":
+            faults.append("strategy deepspeed needs GPUs; on CPU use fsdp or ddp")
+    if cpu_offload and strategy not in ("fsdp", "deepspeed"):
+        faults.append(f"cpu_offload needs strategy fsdp or deepspeed, not {strategy}")
+    if cpu_offload and device == "cpu":
+        faults.append("cpu_offload needs a GPU to offload from")
+    return faults
+
+
+def make_strategy(
+    strategy: str,
+    *,
+    sharding: str,
+    cpu_offload: bool,
+    precision: str,
+    devices: int,
+    num_nodes: int,
+) -> str | Strategy:
+    """Return the Fabric strategy for a key.
+
+    Args:
+        strategy: "auto" (one process: none; several: fsdp), "ddp", "fsdp" or "deepspeed".
+        sharding: "full" (parameters, gradients, optimizer state), "grad_op" (parameters stay
+            gathered between forward and backward), "hybrid" (full in a node, copies across nodes).
+        cpu_offload: keep sharded parameters and optimizer state in host memory.
+        precision: one of `PRECISIONS`.
+        devices: processes per node.
+        num_nodes: nodes.
+    """
+    world = devices * num_nodes
+    if strategy == "auto":
+        strategy = "fsdp" if world > 1 else "single"
+    if strategy == "ddp" and world > 1:
+        return DDPStrategy(timeout=TIMEOUT)
+    if strategy == "deepspeed":
+        return DeepSpeedStrategy(
+            stage=2 if sharding == "grad_op" else 3,
+            offload_optimizer=cpu_offload,
+            offload_parameters=cpu_offload and sharding != "grad_op",
+        )
+    if strategy == "fsdp" and (world > 1 or cpu_offload):
+        if precision == "16-mixed":
+            return _fsdp1(sharding, cpu_offload)
+        shard = partial(
+            shard_blocks, sharding=sharding, cpu_offload=cpu_offload, num_nodes=num_nodes
+        )
+        return ModelParallelStrategy(
+            parallelize_fn=shard, data_parallel_size=world, tensor_parallel_size=1, timeout=TIMEOUT
+        )
+    return "auto"
+
+
+def shard_blocks(
+    model: nn.Module, mesh: DeviceMesh, *, sharding: str, cpu_offload: bool, num_nodes: int
+) -> nn.Module:
+    """Shard each transformer block, then what is left at the root (embedding, head, last norm)."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    data_mesh = mesh["data_parallel"]
+    if sharding == "hybrid":
+        per_node = data_mesh.size() // num_nodes
+        data_mesh = init_device_mesh(
+            mesh.device_type, (num_nodes, per_node), mesh_dim_names=("replicate", "shard")
+        )
+    options: dict[str, Any] = {"mesh": data_mesh}
+    if cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy()
+    for module in model.modules():
+        if isinstance(module, Block):
+            fully_shard(module, reshard_after_forward=sharding != "grad_op", **options)
+    # The root is needed again at once in the backward pass: gathering it twice would be waste.
+    return fully_shard(model, reshard_after_forward=False, **options)
+
+
+def _fsdp1(sharding: str, cpu_offload: bool) -> FSDPStrategy:
+    kinds = {"full": "FULL_SHARD", "grad_op": "SHARD_GRAD_OP", "hybrid": "HYBRID_SHARD"}
+    return FSDPStrategy(
+        auto_wrap_policy={Block},
+        sharding_strategy=kinds[sharding],  # type: ignore[arg-type]
+        cpu_offload=cpu_offload,
+        state_dict_type="full",
+        limit_all_gathers=True,
+        use_orig_params=True,
+        timeout=TIMEOUT,
+    )
