@@ -1,0 +1,44 @@
+# Two commands do all the set-up: `make demo` trains a small phi and lets it write; `make test` runs
+# the tests. Everything happens in .venv; PYTHON chooses the interpreter (3.10 to 3.13).
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo demo-codegen test test-all lint golden bench clean help
+
+help:
+	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --editable ".[test]" "torch>=2.7,<2.14"
+	touch $@
+
+demo: $(STAMP) ## train phi1-nano on Python's standard library and let it write (about 10 minutes)
+	$(BIN)/phi-lit tokenizer train --out_dir checkpoints/nano-tokenizer
+	$(BIN)/litgpt pretrain --config config_hub/phi1-nano.yaml
+	$(BIN)/litgpt generate out/phi1-nano/final --prompt "def read_lines(path):" --max_new_tokens 100
+
+demo-codegen: $(STAMP) ## the same with codegen's vocabulary of 50,295
+	$(BIN)/phi-lit tokenizer codegen --out_dir checkpoints/codegen-tokenizer
+	$(BIN)/litgpt pretrain --config config_hub/phi1-nano-codegen.yaml
+	$(BIN)/litgpt generate out/phi1-nano-codegen/final --prompt "def read_lines(path):" --max_new_tokens 100
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## lint, then the tests (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: lint ## the slow tests too
+	$(BIN)/python -m pytest -n 2
+
+golden: $(STAMP) ## rewrite the golden loss curve; review the diff
+	$(BIN)/python -m tests.train.golden
+
+clean: ## remove what the demo and the tests made
+	rm -rf out data checkpoints build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
