@@ -1,4 +1,4 @@
-"""The start-up hook, in Python processes of its own: what it touches, and that torch survives it."""
+"""The start-up hook, in Python processes of its own: what it touches; and torch survives it."""
 
 import pytest
 

@@ -1,0 +1,308 @@
+"""Every place where phi_lit reaches into LitGPT, as one table.
+
+Each `Seam` names what it replaces, the signature that the replacement was written against, and why.
+`autoload.py` has `apply_seams` called as soon as a named module has been imported; a LitGPT whose
+signature differs is refused with a sentence that names both versions. Nothing heavy is imported
+here: a replacement is loaded together with the module it goes into.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from phi_lit import __version__
+from phi_lit.errors import UserError, did_you_mean, show_user_errors
+
+if TYPE_CHECKING:
+    from litgpt.config import Config
+    from litgpt.prompts import PromptStyle
+
+LITGPT_VERSION = "0.5.13"
+"""The LitGPT that the signatures below were read from."""
+
+LITGPT_COMMANDS = (
+    "download", "chat", "finetune", "finetune_lora", "finetune_full", "finetune_adapter",
+    "finetune_adapter_v2", "pretrain", "generate", "generate_full", "generate_adapter",
+    "generate_adapter_v2", "generate_sequentially", "generate_speculatively", "generate_tp",
+    "convert_to_litgpt", "convert_from_litgpt", "convert_pretrained_checkpoint", "merge_lora",
+    "evaluate", "serve", "validate",
+)  # fmt: skip
+"""`litgpt.parser_config.parser_commands()`, known here so that `phi-lit --help` needs no torch."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One attribute of LitGPT that we replace (a function) or extend in place (a list or dict)."""
+
+    module: str
+    """The LitGPT module that holds the attribute."""
+    attribute: str
+    """Its name there, with dots where it sits in a class."""
+    signature: str
+    """What it was when the replacement was written, in the words of `signature_of`."""
+    replacement: str
+    """Where ours lies, as `module:name`."""
+    why: str
+    """What LitGPT cannot do without it."""
+
+    @property
+    def name(self) -> str:
+        """The attribute's full name, by which `stock` finds it."""
+        return f"{self.module}.{self.attribute}"
+
+
+SEAMS = (
+    Seam(
+        "litgpt.config",
+        "configs",
+        "list",
+        "phi_lit.registry:CONFIGS",
+        "our models in `litgpt download list`, and hub ids such as microsoft/phi-1",
+    ),
+    Seam(
+        "litgpt.config",
+        "name_to_config",
+        "dict",
+        "phi_lit.registry:MODELS",
+        "our models by name, in `litgpt pretrain`, in the converters and in LLM.load",
+    ),
+    Seam(
+        "litgpt.config",
+        "Config.from_name",
+        "cls, name, **kwargs",
+        "phi_lit.seams:config_from_name",
+        "an unknown model name is answered with the nearest ones",
+    ),
+    Seam(
+        "litgpt.prompts",
+        "model_name_to_prompt_style",
+        "model_name",
+        "phi_lit.seams:prompt_style_of_model",
+        "the style that LitGPT finds in the name phi-1 appends 'Answer:' to code",
+    ),
+    Seam(
+        "litgpt.pretrain",
+        "setup",
+        "model_name, model_config=, out_dir=, precision=, initial_checkpoint_dir=, resume=, data=, "
+        "train=, eval=, log=, optimizer=, devices=, num_nodes=, tokenizer_dir=, logger_name=, "
+        "seed=",
+        "phi_lit.train.pretrain:setup",
+        "our training options, and our loop where one of them is used",
+    ),
+    Seam(
+        "litgpt.pretrain",
+        "save_hyperparameters",
+        "function, checkpoint_dir, known_commands=",
+        "phi_lit.seams:save_stock_hyperparameters",
+        "a run of LitGPT's own loop records LitGPT's own options, not ours",
+    ),
+    Seam(
+        "litgpt.finetune.full",
+        "setup",
+        "checkpoint_dir, out_dir=, precision=, devices=, num_nodes=, resume=, data=, train=, "
+        "eval=, log=, optimizer=, logger_name=, seed=, access_token=",
+        "phi_lit.train.finetune:setup",
+        "our training options, and our loop where one of them is used",
+    ),
+    Seam(
+        "litgpt.finetune.full",
+        "save_hyperparameters",
+        "function, checkpoint_dir, known_commands=",
+        "phi_lit.seams:save_stock_hyperparameters",
+        "a run of LitGPT's own loop records LitGPT's own options, not ours",
+    ),
+)
+
+_stock: dict[str, Any] = {}  # what stood at each applied seam before
+
+
+def hooked_modules() -> list[str]:
+    """Return the LitGPT modules that have seams, each once, in the order of the table."""
+    return list(dict.fromkeys(seam.module for seam in SEAMS))
+
+
+def stock(name: str) -> Any:
+    """Return LitGPT's own object behind a seam, such as `stock("litgpt.pretrain.setup")`.
+
+    Functions of a class come unbound. Where no seam has been applied (the hooks are off), what
+    LitGPT has there is returned. A list or dict is returned as it was before we extended it.
+
+    Raises:
+        KeyError: there is no seam of that name.
+    """
+    seam = {seam.name: seam for seam in SEAMS}[name]
+    module = import_module(seam.module)  # applies its seams, if the hooks are on
+    return _stock[name] if name in _stock else _original(_find(module, seam)[2])
+
+
+def signature_of(thing: Any) -> str:
+    """Describe what a seam depends on: a function's parameters, or a container's type.
+
+    A parameter with a default ends in `=`: whether there is one matters, its value does not.
+    """
+    if not callable(thing):
+        return type(thing).__name__
+    marks: dict[Any, str] = {
+        inspect.Parameter.VAR_POSITIONAL: "*",
+        inspect.Parameter.VAR_KEYWORD: "**",
+    }
+    return ", ".join(
+        marks.get(parameter.kind, "")
+        + parameter.name
+        + ("" if parameter.default is inspect.Parameter.empty else "=")
+        for parameter in inspect.signature(thing).parameters.values()
+    )
+
+
+def apply_seams(module: ModuleType, seams: tuple[Seam, ...] = SEAMS) -> None:
+    """Put our side into a LitGPT module that has just been imported (idempotent).
+
+    Raises:
+        UserError: LitGPT differs from the one that we were written against; nothing is replaced.
+    """
+    show_user_errors()
+    due = [s for s in seams if s.module == module.__name__ and s.name not in _stock]
+    faults = [fault for seam in due if (fault := _fault(module, seam))]
+    if faults:
+        raise UserError(
+            f"phi_lit {__version__} was written against litgpt {LITGPT_VERSION}, but litgpt "
+            f"{metadata.version('litgpt')} is installed: {'; '.join(faults)}. "
+            f"Install litgpt=={LITGPT_VERSION}, or a phi_lit that knows this litgpt."
+        )
+    for seam in due:
+        _apply(module, seam)
+
+
+def _find(module: ModuleType, seam: Seam) -> tuple[Any, str, Any]:
+    """Return the object that holds the seam's attribute, the last name, and the raw attribute."""
+    *path, leaf = seam.attribute.split(".")
+    holder: Any = module
+    for name in path:
+        holder = getattr(holder, name)
+    return holder, leaf, inspect.getattr_static(holder, leaf)
+
+
+def _original(raw: Any) -> Any:
+    return raw.__func__ if isinstance(raw, classmethod) else raw
+
+
+def _fault(module: ModuleType, seam: Seam) -> str | None:
+    """Say how LitGPT differs from what the seam was written against."""
+    try:
+        _, _, raw = _find(module, seam)
+    except AttributeError:
+        return f"{seam.name} is missing"
+    found = signature_of(_original(raw))
+    if found != seam.signature:
+        return f"{seam.name} is ({found}) where ({seam.signature}) was expected"
+    ours = set(_load(seam.replacement)) if isinstance(raw, dict) else set()
+    if taken := sorted(ours.intersection(raw) if isinstance(raw, dict) else ()):
+        return f"{seam.name} has its own {', '.join(taken)}"
+    return None
+
+
+def _apply(module: ModuleType, seam: Seam) -> None:
+    holder, leaf, raw = _find(module, seam)
+    ours = _load(seam.replacement)
+    if isinstance(raw, list):  # extended in place: other modules may hold a reference
+        _stock[seam.name] = list(raw)
+        raw.extend(ours)
+    elif isinstance(raw, dict):
+        _stock[seam.name] = dict(raw)
+        raw.update(ours)
+    else:
+        _stock[seam.name] = _original(raw)
+        setattr(holder, leaf, classmethod(ours) if isinstance(raw, classmethod) else ours)
+
+
+def _load(place: str) -> Any:
+    module_name, _, name = place.partition(":")
+    module = import_module(module_name)
+    assert hasattr(module, name), (
+        f"{module_name} must not import the LitGPT module that it replaces a part of at its top: "
+        f"{name} is not there yet. Use phi_lit.seams.stock inside the function."
+    )
+    return getattr(module, name)
+
+
+def config_from_name(cls: "type[Config]", name: str, **kwargs: Any) -> "Config":
+    """Replace `Config.from_name`: the same, but an unknown name is answered with near ones.
+
+    Raises:
+        UserError: the name is unknown (a ValueError, as in LitGPT, and its words come first).
+    """
+    try:
+        return stock("litgpt.config.Config.from_name")(cls, name, **kwargs)
+    except ValueError as error:
+        if "is not a supported config name" not in str(error):
+            raise
+        raise UserError(
+            f"{error}.{near_model_names(name)} `litgpt download list` shows them all."
+        ) from None
+
+
+def near_model_names(name: str) -> str:
+    """Return " Did you mean ...?" with the models nearest to `name`, or nothing.
+
+    Hub ids such as microsoft/phi-1 are offered where `name` has a slash.
+    """
+    from litgpt.config import configs, name_to_config
+
+    if "/" not in name:
+        return did_you_mean(name, name_to_config)
+    hubs = [config["hf_config"] for config in configs]
+    return did_you_mean(name, [f"{hub['org']}/{hub['name']}" for hub in hubs])
+
+
+def prompt_style_of_model(model_name: str) -> "PromptStyle":
+    """Replace `model_name_to_prompt_style`: our models continue the text as it is given."""
+    from litgpt.prompts import Default
+
+    from phi_lit.registry import MODELS
+
+    if model_name in MODELS:
+        return Default()
+    return stock("litgpt.prompts.model_name_to_prompt_style")(model_name)
+
+
+def save_stock_hyperparameters(
+    function: Callable, checkpoint_dir: Path, known_commands: list[str] | None = None
+) -> None:
+    """Replace `save_hyperparameters` in LitGPT's own loops: write what stock LitGPT would.
+
+    `function` is the module's `setup`, which is ours and has more options; those are left out.
+    """
+    import yaml
+    from jsonargparse import capture_parser
+    from litgpt.parser_config import save_hyperparameters
+    from litgpt.utils import CLI
+
+    save_hyperparameters(function, checkpoint_dir, known_commands)
+    path = checkpoint_dir / "hyperparameters.yaml"
+    parser = capture_parser(lambda: CLI(_stock_of(function), args=[]))
+    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = _only_known(saved, parser.get_defaults().as_dict())
+    parser.save(parser.parse_object(known), path, overwrite=True)
+
+
+def _stock_of(function: Callable) -> Callable:
+    """Return what stood where `function` now stands, or `function` if it replaced nothing."""
+    for seam in SEAMS:
+        if seam.name in _stock and _find(import_module(seam.module), seam)[2] is function:
+            return _stock[seam.name]
+    return function
+
+
+def _only_known(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """Drop the keys that LitGPT's parser lacks, also inside its dataclasses of arguments."""
+    return {
+        key: _only_known(value, known[key])
+        if isinstance(value, dict) and isinstance(known[key], dict)
+        else value
+        for key, value in values.items()
+        if key in known
+    }
