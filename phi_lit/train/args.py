@@ -1,8 +1,8 @@
 """The training options: LitGPT's, with their names and meaning, and ours beside them.
 
-Every field of ours defaults to null, which means "as stock LitGPT": that is how `asks_for_ours` tells
-a config that is meant for LitGPT's own loop from one that is meant for ours. The docstring under a
-field is its text in `--help`.
+Every field of ours defaults to null, which means "as stock LitGPT": that is how `asks_for_ours`
+tells a config that is meant for LitGPT's own loop from one that is meant for ours. The docstring
+under a field is its text in `--help`.
 """
 
 from dataclasses import dataclass, fields
@@ -23,11 +23,12 @@ class TrainArgs(LitGPTTrainArgs):
     micro_batch_size: int | Literal["auto"] = 4
     """Rows per forward pass and rank; "auto" finds the largest that fits in memory"""
     lr_schedule: Literal["linear", "cosine", "wsd", "constant"] | None = None
-    """How the learning rate falls after its warm-up, counted in optimizer steps: linear (phi-1), cosine
-    (LitGPT's, the default), wsd (constant, then linear over the last lr_decay_steps), constant"""
+    """How the learning rate falls after its warm-up, counted in optimizer steps: linear (phi-1),
+    cosine (LitGPT's, the default), wsd (constant, then linear over the last lr_decay_steps),
+    constant"""
     lr_total_steps: int | None = None
-    """Optimizer steps that the schedule is aimed at; default: where the run ends. phi-1-base is step
-    24,000 of a schedule aimed at 36,000"""
+    """Optimizer steps that the schedule is aimed at; default: where the run ends. phi-1-base is
+    step 24,000 of a schedule aimed at 36,000"""
     lr_decay_steps: int | None = None
     """Steps of the final fall of the wsd schedule; default: a tenth of the total"""
     attention_dropout: float | None = None
@@ -35,20 +36,22 @@ class TrainArgs(LitGPTTrainArgs):
     residual_dropout: float | None = None
     """Share of the attention's and MLP's outputs dropped in training (phi-1: 0.1)"""
     weight_decay_on: Literal["all", "matrices"] | None = None
-    """Which parameters the optimizer's weight decay pulls: all of them (LitGPT), or only the weights
-    of linear layers, leaving out biases, norms and embeddings"""
+    """Which parameters the optimizer's weight decay pulls: all of them (LitGPT), or only the
+    weights of linear layers, leaving out biases, norms and embeddings"""
     z_loss: float | None = None
     """Weight of the mean squared log-partition added to the loss (PaLM: 1e-4)"""
     init: Literal["litgpt", "normal", "gpt2"] | None = None
-    """Initial weights: litgpt (GPT-NeoX, std sqrt(0.4 / n_embd)), normal (std 0.02 and zero biases: what
-    the released phi-1 config says), gpt2 (normal, residual projections divided by sqrt(2 n_layer))"""
+    """Initial weights: litgpt (GPT-NeoX, std sqrt(0.4 / n_embd)), normal (std 0.02 and zero biases:
+    what the released phi-1 config says), gpt2 (normal, residual projections divided by sqrt(2
+    n_layer))"""
     activation_checkpointing: Literal["none", "selective", "full"] | None = None
     """What is recomputed in the backward pass, per block: nothing, all but matrix products and
     attention, or everything"""
     compile: Literal["auto", "on", "off"] | None = None
     """Compile the blocks one by one; auto: where the run is long enough to win back the start"""
     name_steps: dict[int, str] | None = None
-    """Optimizer steps whose checkpoint is kept and linked under a name, such as {24000: phi-1-base}"""
+    """Optimizer steps whose checkpoint is kept and linked under a name, such as {24000:
+    phi-1-base}"""
     keep_last: int | None = None
     """How many of the newest checkpoints to keep; default: all. Named and best ones always stay"""
     keep_best: bool | None = None
@@ -56,7 +59,8 @@ class TrainArgs(LitGPTTrainArgs):
     async_save: bool | None = None
     """Write checkpoints in the background, from a copy of the state in host memory"""
     checkpoint_format: Literal["full", "sharded"] | None = None
-    """One file of whole tensors, or one file of shards per rank (`phi-lit consolidate` joins them)"""
+    """One file of whole tensors, or one file of shards per rank (`phi-lit consolidate` joins
+    them)"""
     on_nonfinite: Literal["stop", "skip"] | None = None
     """What to do at a NaN, infinite or exploding loss: stop and name the last good checkpoint (the
     default), or skip that step and count it"""

@@ -1,7 +1,8 @@
 """Making a run out of a job: data connected, model built and placed, state taken up again.
 
-The order matters and is told here once: dropout, activation checkpointing, compilation of the blocks,
-then Fabric's wrapper (which shards), then the optimizer over the parameters as they are by then.
+The order matters and is told here once: dropout, activation checkpointing, compilation of the
+blocks, then Fabric's wrapper (which shards), then the optimizer over the parameters as they are by
+then.
 """
 
 import json
@@ -66,6 +67,7 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
     if should_compile(job, machine, course):
         compile_blocks(model.gpt)
     module, optimizers = place_model(job, fabric, model)
+    peaks = [[group["lr"] for group in each.param_groups] for each in optimizers]
     place = Place(micro_batch_size=micro_batch)
     if resume_dir is not None and manifest is not None:
         place = take_up(resume_dir, manifest, fabric, module, optimizers)
@@ -82,7 +84,7 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
         peak_flops=peak * fabric.world_size,
     )  # fmt: skip
     return Run(
-        fabric=fabric, module=module, optimizers=optimizers, feed=feed,
+        fabric=fabric, module=module, optimizers=optimizers, peaks=peaks, feed=feed,
         held_out=job.data.val_dataloader, course=course, train=job.train, place=place,
         monitor=monitor, out_dir=out_dir, seed=job.arguments["seed"], identity=identity,
         write_side_files=side_files(job), uniform_loss=math.log(job.config.padded_vocab_size or 2),
@@ -146,8 +148,8 @@ def plan_course(
     if steps < 1:
         raise UserError(
             f"the run would end before its first step: a step takes {rows} rows of {job.length} "
-            f"tokens = {rows * job.length:,} tokens; max_tokens is {train.max_tokens}, and the data "
-            f"hold {rows_per_epoch} rows; lower train.global_batch_size or train longer"
+            f"tokens = {rows * job.length:,} tokens; max_tokens is {train.max_tokens}, and the "
+            f"data hold {rows_per_epoch} rows; lower train.global_batch_size or train longer"
         )
     total = train.lr_total_steps or steps
     if train.lr_warmup_fraction and rows_per_epoch:

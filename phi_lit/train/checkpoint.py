@@ -3,8 +3,8 @@
 A checkpoint directory is a LitGPT checkpoint (`lit_model.pth`, `model_config.yaml`, tokenizer,
 prompt style) with two files more: `training_state.pth` (optimizer, place, loss scale) and
 `checkpoint.json` (sizes of all files, what the run was). It is built beside its place, synced and
-renamed; `latest` is linked last. State is kept by parameter name and in whole tensors, so any number
-of ranks can resume what any other number saved.
+renamed; `latest` is linked last. State is kept by parameter name and in whole tensors, so any
+number of ranks can resume what any other number saved.
 """
 
 import json
@@ -100,6 +100,8 @@ def _renamed(
     model_state: dict[str, Tensor], optimizer_state: dict[str, Any], rename: Callable[[str], str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return both states with every parameter's name changed."""
+    if not optimizer_state:  # gathered whole: only rank 0 has it
+        return {}, {}
     groups = [
         {**group, "params": [rename(name) for name in group["params"]]}
         for group in optimizer_state["param_groups"]
@@ -215,7 +217,7 @@ def write_sharded(
     barrier: Callable[[], None],
 ) -> None:
     """Write one file of shards per rank; called on every rank (on a file system they share)."""
-    staging = directory.with_name(f".{directory.name}{PARTIAL}sharded")
+    staging = directory.with_name(f".{directory.name}.shards")
     if rank == 0:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -431,7 +433,8 @@ def best_so_far(out_dir: Path) -> float:
 
 
 def copy_as_final(checkpoint: Path, final: Path) -> None:
-    """Make `final` a plain LitGPT checkpoint with the weights of `checkpoint`, sharing the bytes."""
+    """Make `final` a plain LitGPT checkpoint with the weights of `checkpoint`, sharing the
+    bytes."""
     with staged_dir(final) as partial:
         for file in checkpoint.iterdir():
             if file.name in (STATE_FILE, MANIFEST) or file.name.startswith("shard-"):

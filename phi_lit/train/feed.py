@@ -40,8 +40,8 @@ class Feed(Protocol):
 def pair(batch: Any, max_seq_length: int | None = None) -> tuple[Tensor, Tensor]:
     """Split a batch into (inputs, targets), the target of a token being the one after it.
 
-    A tensor is rows of T + 1 ids; a mapping has `input_ids` and `labels` of equal shape, labels being
-    `IGNORE` where nothing is to be learned (LitGPT's finetuning batches).
+    A tensor is rows of T + 1 ids; a mapping has `input_ids` and `labels` of equal shape, labels
+    being `IGNORE` where nothing is to be learned (LitGPT's finetuning batches).
     """
     inputs, labels = (
         (batch["input_ids"], batch["labels"]) if isinstance(batch, dict) else (batch, batch)

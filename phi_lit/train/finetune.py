@@ -1,7 +1,7 @@
 """`litgpt finetune_full`, extended: from arguments to the loop, and nothing more.
 
-Where a config uses no data module or option of ours, LitGPT's own `setup` runs unchanged. A model of
-ours alone does not change that: its checkpoint is a LitGPT checkpoint like any other.
+Where a config uses no data module or option of ours, LitGPT's own `setup` runs unchanged. A model
+of ours alone does not change that: its checkpoint is a LitGPT checkpoint like any other.
 """
 
 from pathlib import Path

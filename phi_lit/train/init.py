@@ -1,9 +1,9 @@
 """Initial weights, chosen on purpose.
 
-The paper does not publish its initialisation; the released phi-1 config says `initializer_range` 0.02
-with zero biases, which is what `normal` does. LitGPT's own scheme scales the residual projections of
-attention and LLaMA-style MLPs but not of the GELU MLP that phi uses, so `litgpt` is kept only for
-runs that must start as LitGPT's would.
+The paper does not publish its initialisation; the released phi-1 config says `initializer_range`
+0.02 with zero biases, which is what `normal` does. LitGPT's own scheme scales the residual
+projections of attention and LLaMA-style MLPs but not of the GELU MLP that phi uses, so `litgpt` is
+kept only for runs that must start as LitGPT's would.
 """
 
 import math
@@ -63,8 +63,8 @@ def _is_residual(module: nn.Module, model: GPT, scheme: str) -> bool:
 def seeded(seed: int, step: int, micro_step: int, rank: int) -> int:
     """Return a 63-bit seed that is a pure function of its arguments (splitmix64 over each).
 
-    The loop reseeds torch with it before every micro-batch: dropout masks then depend on the place in
-    the run and on nothing that would have to be saved, so a resumed run repeats them to the bit.
+    The loop reseeds torch with it before every micro-batch: dropout masks then depend on the place
+    in the run and on nothing that would have to be saved, so a resumed run repeats them to the bit.
     """
     mask = (1 << 64) - 1
     state = 0

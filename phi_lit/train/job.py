@@ -1,7 +1,7 @@
 """What a training command wants, and the processes it gets: plain records.
 
-A `Job` is the command's arguments with the model and data they name; a `Machine` the devices and the
-number format. `launch.py` checks them, `build.py` makes a run of them.
+A `Job` is the command's arguments with the model and data they name; a `Machine` the devices and
+the number format. `launch.py` checks them, `build.py` makes a run of them.
 """
 
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -67,7 +67,7 @@ class Machine:
 def plain(value: Any) -> Any:
     """Return a value as YAML can hold it: a data module becomes class_path and init_args."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
@@ -90,5 +90,5 @@ def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(item, dict):
             found.update(flat(item, f"{prefix}{key}."))
         else:
-            found[prefix + key] = item if item is not None else "null"
+            found[f"{prefix}{key}"] = item if item is not None else "null"
     return found

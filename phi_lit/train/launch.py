@@ -68,7 +68,7 @@ def launch(job: Job) -> None:
     )
     fabric.launch()
     fabric.print(pprint.pformat(plain(arguments), width=100))
-    if fabric.global_rank == 0 and hasattr(fabric.logger, "log_hyperparams"):
+    if fabric.global_rank == 0 and arguments["logger_name"] != "csv":  # which cannot
         fabric.logger.log_hyperparams(flat(plain(arguments)))
     run = build(job, machine, fabric, out_dir)
     try:

@@ -1,9 +1,9 @@
 """The training loop: batch -> loss -> step -> log -> validate -> save. One for every command.
 
 Everything that decides a step is a pure function of its number: the rows (`feed.py`), the learning
-rate (`schedule.py`) and the seed of its dropout masks (`init.py`). So a run that was killed anywhere
-and resumed from its last checkpoint repeats the missing steps to the bit. What is trained, on what,
-and with which options is settled before, in `pretrain.py` and `finetune.py`.
+rate (`schedule.py`) and the seed of its dropout masks (`init.py`). So a run that was killed
+anywhere and resumed from its last checkpoint repeats the missing steps to the bit. What is trained,
+on what, and with which options is settled before, in `pretrain.py` and `finetune.py`.
 """
 
 import math
@@ -55,7 +55,7 @@ class Course:
     """Rows per step, all ranks together."""
     validate_every: int
     validate_batches: int
-    """Micro-batches per rank and validation."""
+    """Micro-batches per validation, all ranks together."""
 
     def rate(self, step: int, peak: float) -> float:
         """Return the learning rate of a step, counted from 0, for a peak rate."""
@@ -76,9 +76,12 @@ class Run:
 
     fabric: Fabric
     module: nn.Module
-    """The training module in Fabric's wrapper; called with (inputs, targets) it returns the loss."""
+    """The training module in Fabric's wrapper; called with (inputs, targets) it returns the
+    loss."""
     optimizers: list[Optimizer]
     """In Fabric's wrapper."""
+    peaks: list[list[float]]
+    """The highest learning rate of each optimizer's groups, as configured."""
     feed: Feed
     held_out: Callable[[], Iterable[Any]]
     """Makes one pass over the validation batches."""
@@ -99,9 +102,6 @@ class Run:
     background: Background | None = None
 
     def __post_init__(self) -> None:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group.setdefault("peak_lr", float(group["lr"]))
         if self.train.async_save:
             self.background = Background()
 
@@ -127,11 +127,8 @@ def fit(run: Run) -> None:
             stop = step_once(run, stop=bool(asked) or out_of_time)
             if is_due(run.place.step, run.course.validate_every):
                 validate(run)
-            if (
-                stop
-                or is_due(run.place.step, run.train.save_interval)
-                or run.place.step in (run.train.name_steps or {})
-            ):
+            named = run.place.step in (run.train.name_steps or {})
+            if stop or named or is_due(run.place.step, run.train.save_interval):
                 save(run)
                 saved_at = run.place.step
             if stop and run.place.step < run.course.steps:
@@ -152,9 +149,9 @@ def step_once(run: Run, *, stop: bool) -> bool:
     """Do one optimizer step; returns whether any rank wants to stop after it."""
     began = time.perf_counter()
     fabric, course, step = run.fabric, run.course, run.place.step
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = course.rate(step, group["peak_lr"])
+    for optimizer, peaks in zip(run.optimizers, run.peaks, strict=True):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = course.rate(step, peak)
     batches = [run.feed.take() for _ in range(course.accumulate)]
     # A step's loss is the mean over all its target tokens, wherever they lie: masked targets may
     # be spread unevenly over micro-batches and ranks. Ranks' gradients are averaged, hence the
@@ -233,8 +230,8 @@ def _handle_bad(run: Run, loss: float, norm: float) -> None:
     good = next((path for _, path in checkpoint.step_dirs(run.out_dir)), None)
     where = f"the last good checkpoint is {good}" if good else "no checkpoint was saved yet"
     raise UserError(
-        f"{what}: training has diverged; {where}. Lower the learning rate, lengthen the warm-up, or "
-        "set train.on_nonfinite: skip"
+        f"{what}: training has diverged; {where}. Lower the learning rate, lengthen the warm-up, "
+        "or set train.on_nonfinite: skip"
     )
 
 
@@ -242,9 +239,7 @@ def _report(run: Run, loss: float, norm: float, *, seconds: float) -> None:
     scaler = _scaler(run.fabric)
     figures = {
         "loss": loss,
-        "learning_rate": run.course.rate(
-            run.place.step - 1, run.optimizers[0].param_groups[0]["peak_lr"]
-        ),
+        "learning_rate": run.course.rate(run.place.step - 1, run.peaks[0][0]),
         "grad_norm": norm,
         **({} if scaler is None else {"loss_scale": scaler.get_scale()}),
         **({"skipped": run.place.skipped} if run.place.skipped else {}),
@@ -267,8 +262,8 @@ def validate(run: Run) -> float:
     run.module.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)
     for number, batch in enumerate(run.held_out()):
-        if number >= run.course.validate_batches:
-            break
+        if number * fabric.world_size >= run.course.validate_batches:
+            break  # the same rows on any number of ranks
         inputs, targets = pair(batch)
         count = int((targets != IGNORE).sum())
         if count:
@@ -329,9 +324,9 @@ def save(run: Run) -> None:
 def _point(run: Run, directory: Path, place: Place) -> None:
     """Link the new checkpoint and remove old ones, now that it is on the disk."""
     checkpoint.link(run.out_dir, "latest", directory)
-    if run.train.keep_best and place.val_loss is not None:
-        if place.val_loss < checkpoint.best_so_far(run.out_dir):
-            checkpoint.link(run.out_dir, "best", directory)
+    held_out = math.inf if place.val_loss is None else place.val_loss
+    if run.train.keep_best and held_out < checkpoint.best_so_far(run.out_dir):
+        checkpoint.link(run.out_dir, "best", directory)
     if name := (run.train.name_steps or {}).get(place.step):
         checkpoint.link(run.out_dir, name, directory)
     if run.train.keep_last is not None:
@@ -346,7 +341,8 @@ def finish_saving(run: Run) -> None:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the training module below Fabric's wrapper and DDP's (a sharded one stays as it is)."""
+    """Return the training module below Fabric's wrapper and DDP's (a sharded one stays as it
+    is)."""
     inner = getattr(module, "_forward_module", module)
     return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner
 

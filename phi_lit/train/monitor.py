@@ -1,8 +1,8 @@
 """What a run shows while it works: progress, LitGPT's logger, and its own record of losses.
 
 The record, `metrics.jsonl`, has a row per optimizer step with exact numbers; a resumed run cuts it
-back to the checkpoint it starts from, so it reads as if the run had never stopped. The loss curve is
-drawn from it.
+back to the checkpoint it starts from, so it reads as if the run had never stopped. The loss curve
+is drawn from it.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from lightning import Fabric
 
 from phi_lit.files import write_atomic
-from phi_lit.progress import progress
+from phi_lit.progress import Progress, progress
 
 RECORD = "metrics.jsonl"
 
@@ -72,8 +72,10 @@ class Monitor:
         self.tokens_per_step = tokens_per_step
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._shown = fabric.global_rank == 0
-        self._record = Record(out_dir, keep_until=done) if self._shown else None
-        self._progress = progress(total, "train", "steps", initial=done) if self._shown else None
+        self._record: Record | None = Record(out_dir, keep_until=done) if self._shown else None
+        self._progress: Progress | None = (
+            progress(total, "train", "steps", initial=done) if self._shown else None
+        )
         self._times: list[float] = []
         self.seconds = 0.0
         """Seconds spent in optimizer steps so far in this process: no validation, no saving."""
@@ -137,12 +139,15 @@ class Monitor:
         """Print a line on rank 0 without breaking the bar."""
         if self._progress is not None:
             self._progress.say(text)
+        elif self._shown:
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Show the final state and close the record."""
+        """Show the final state and close the record (once)."""
         if self._record is not None and self._progress is not None:
             self._progress.close()
             self._record.close()
+        self._record = self._progress = None
 
 
 def memory(fabric: Fabric) -> dict[str, float]:
