@@ -46,8 +46,9 @@ def _open(source: "Source") -> Any:
 
     assert source.hub is not None
     local = os.path.isdir(source.hub)
+    trouble = None
     if not local and source.commit is None:
-        source.commit = _commit(source.hub, source.revision)
+        source.commit, trouble = _commit(source.hub, source.revision)
     revision = None if local else source.commit or source.revision
     try:
         if source.data_files is None:
@@ -66,8 +67,9 @@ def _open(source: "Source") -> Any:
             streaming=source.streaming,
         )
     except (OSError, ValueError, RuntimeError) as error:  # what datasets raises for all of these
+        reason = trouble or _first_line(error)
         raise UserError(
-            f"{source.label}: the data set cannot be opened: {_first_line(error)}. Check its id, "
+            f"{source.label}: the data set cannot be opened: {reason}. Check its id, "
             "`config`, `split` and your connection; a gated one needs `hf auth login`."
         ) from error
 
@@ -82,11 +84,11 @@ def _builder(data_files: str) -> str:
     return _BUILDERS.get(os.path.splitext(stem)[1], "text")
 
 
-def _commit(hub: str, revision: str | None) -> str | None:
-    """Return the commit that a revision means now, or None where the hub cannot be asked."""
+def _commit(hub: str, revision: str | None) -> tuple[str | None, str | None]:
+    """Return the commit that a revision means now, or else what kept the hub from saying it."""
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().dataset_info(hub, revision=revision, timeout=10).sha
-    except Exception:  # offline with a cache is fine: load_dataset will say what is wrong
-        return None
+        return HfApi().dataset_info(hub, revision=revision, timeout=10).sha, None
+    except Exception as error:  # not fatal: offline with a warm cache, load_dataset succeeds
+        return None, _first_line(error)

@@ -50,7 +50,7 @@ def read_text(file: FoundFile, skipped: Skipped) -> str | None:
         skipped.add("binary", file.name)
         return None
     try:
-        return content.decode("utf-8-sig")
+        return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError:
         skipped.add("not UTF-8", file.name)
         return None

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from phi_lit.data.tokens import TokenArray
 
 _MASK = (1 << 64) - 1
-_ROUNDS = 6
+_ROUNDS = 8
 VAL_SEED = 0
 """The validation rows are always dealt in this order: the first ones come from all sources."""
 
@@ -35,14 +35,30 @@ class RowOrder:
         if n_rows < 1:
             raise ValueError("an order needs at least one row")
         self.seed, self.n_rows = seed, n_rows
+        # A few rows cost as much to compute as many, so they come in blocks (of few epochs).
+        self._block_rows = min(1024, 4 * n_rows)
+        self._block: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._half_bits = max(1, (max(n_rows - 1, 1).bit_length() + 1) // 2)
 
     def rows(self, first: int, count: int) -> np.ndarray:
-        """Return the rows at places `first` to `first + count` of the endless sequence of epochs."""
-        places = np.arange(first, first + count, dtype=np.uint64)
+        """Return the rows at places `first` to `first + count`, counted through all epochs."""
+        size = self._block_rows
+        blocks = range(first // size, (first + count - 1) // size + 1)
+        dealt = np.concatenate([self._in_block(number) for number in blocks])
+        start = first % size
+        return dealt[start : start + count]
+
+    def _in_block(self, number: int) -> np.ndarray:
+        if self._block[0] != number:
+            first = number * self._block_rows
+            places = np.arange(first, first + self._block_rows, dtype=np.uint64)
+            self._block = number, self._compute(places)
+        return self._block[1]
+
+    def _compute(self, places: np.ndarray) -> np.ndarray:
         epochs = places // np.uint64(self.n_rows)
-        places %= np.uint64(self.n_rows)
-        out = np.empty(count, np.int64)
+        places = places % np.uint64(self.n_rows)
+        out = np.empty(len(places), np.int64)
         for epoch in np.unique(epochs).tolist():
             mine = epochs == epoch
             out[mine] = self.in_epoch(epoch, places[mine])
@@ -102,9 +118,9 @@ class RowLoader(DataLoader):  # type: ignore[misc]
     """Deals micro-batches of rows to one rank; its whole state is `position`.
 
     Rows p to p + M * W of the endless sequence go to the ranks in blocks of M. A training loader
-    never ends and goes on where it was left; a validation loader (`endless=False`) starts over each time
-    and stops after the last whole slice of M * W rows (repeating rows if there is no whole one, so
-    that every rank has a batch).
+    never ends and goes on where it was left. A validation loader (`endless=False`) starts over each
+    time and stops after the last whole slice of M * W rows (repeating rows if there is no whole
+    one, so that every rank has a batch).
 
     Being a `DataLoader` with a `state_dict` is what makes Fabric, and LitGPT's own pretraining
     loop, take it as it is and save a number instead of pickling the data.
@@ -152,9 +168,7 @@ class RowLoader(DataLoader):  # type: ignore[misc]
                 self.position += self.micro_batch * self.world
                 yield self.rows(first + self.rank * self.micro_batch, self.micro_batch)
         for number in range(len(self)):
-            yield self.rows(
-                (number * self.world + self.rank) * self.micro_batch, self.micro_batch
-            )
+            yield self.rows((number * self.world + self.rank) * self.micro_batch, self.micro_batch)
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """Return rows `first` to `first + count` of the endless sequence: int64, (count, T + 1)."""

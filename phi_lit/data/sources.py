@@ -293,17 +293,9 @@ def _from_word(word: str) -> Source:
         return standard_library()
     if word in PRESETS:
         return Source(preset=word)
-    if os.path.lexists(os.path.expanduser(word)) or any(c in word for c in "*?[~"):
+    if os.path.lexists(word) or word.startswith((".", "/", "~")) or set(word) & set("*?["):
         return Source(path=word)
-    owner, slash, name = word.partition("/")
-    if (
-        slash
-        and owner
-        and name
-        and "/" not in name
-        and not word.startswith(".")
-        and not suffix(word)
-    ):
+    if word.count("/") == 1 and all(word.split("/")) and not suffix(word):
         return Source(hub=word)
     options = ["stdlib", *(key for key, preset in PRESETS.items() if not preset.refused)]
     raise UserError(

@@ -1,8 +1,8 @@
 """The optimizer from its YAML, over the parameter groups that weight decay is meant for.
 
-Any torch or bitsandbytes optimizer is named by class path, as in LitGPT. Groups are made by name and
-module, never by a tensor's rank: sharded parameters may all be flat. An optimizer that takes matrices
-only (Muon) gets the linear layers inside the blocks, and AdamW the rest.
+Any torch or bitsandbytes optimizer is named by class path, as in LitGPT. Groups are made by name
+and module, never by a tensor's rank: sharded parameters may all be flat. An optimizer that takes
+matrices only (Muon) gets the linear layers inside the blocks, and AdamW the rest.
 """
 
 import importlib

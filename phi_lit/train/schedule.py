@@ -1,8 +1,8 @@
 """Learning rates as pure functions of the optimizer step.
 
 A rate depends on nothing but numbers, so that a resumed run needs no scheduler state and a test can
-check every step against the closed form. Steps count from 0: the rate returned for `step` is the one
-that optimizer step uses. Paper: section 2.3 (linear warm-up, linear decay).
+check every step against the closed form. Steps count from 0: the rate returned for `step` is the
+one that optimizer step uses. Paper: section 2.3 (linear warm-up, linear decay).
 """
 
 import math

@@ -1,8 +1,8 @@
 """How the work is spread over processes, and in which number formats: Fabric's strategies by key.
 
-Sharding is FSDP2 (`fully_shard` per block) through Fabric's ModelParallelStrategy, the one path that
-also runs on CPU processes over gloo and so is tested everywhere. FSDP1 stays for fp16 with a loss
-scale on GPU, which FSDP2's strategy refuses. DeepSpeed is Fabric's own.
+Sharding is FSDP2 (`fully_shard` per block) through Fabric's ModelParallelStrategy, the one path
+that also runs on CPU processes over gloo and so is tested everywhere. FSDP1 stays for fp16 with a
+loss scale on GPU, which FSDP2's strategy refuses. DeepSpeed is Fabric's own.
 """
 
 from datetime import timedelta
