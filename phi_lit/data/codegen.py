@@ -45,7 +45,8 @@ def build_codegen(out_dir: Path, from_dir: Path | None = None) -> None:
     """
     vocab, merges = _installed_ranks() if from_dir is None else _copied_ranks(from_dir)
     tokenizer = byte_level_tokenizer(vocab, merges)
-    found = fingerprint(json.loads(tokenizer.to_str()), vocab[END_OF_TEXT])
+    settings = json.loads(tokenizer.to_str())
+    found = fingerprint(settings, tokenizer.get_vocab(), vocab[END_OF_TEXT])
     if found != CODEGEN_FINGERPRINT:
         raise UserError(
             f"{from_dir or 'the built tokenizer'} is not codegen-350M-mono's: its ids differ "

@@ -6,7 +6,7 @@ tokenizers it can prove itself equal on. None adds a token of its own at either 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -26,9 +26,9 @@ class Engine(Protocol):
         """Return the text of some ids, special tokens written out."""
 
 
-def id_type(vocab_size: int) -> Any:
+def id_type(vocab_size: int) -> np.dtype:
     """Return the narrowest of uint16 and uint32 that holds every id."""
-    return np.uint16 if vocab_size <= 2**16 else np.uint32
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def without_surrogates(text: str) -> str:
@@ -44,12 +44,17 @@ class TokenizersEngine:
 
     name = "tokenizers"
 
-    def __init__(self, tokenizer: "Tokenizer", dtype: Any) -> None:
+    def __init__(self, tokenizer: "Tokenizer", dtype: np.dtype) -> None:
         # A document that spells <|endoftext|> is text like any other: it can't forge a boundary.
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.tokenizer, self._dtype = tokenizer, dtype
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of one text, without the threads that a later fork would trip over."""
+        encoding = self.tokenizer.encode(without_surrogates(text), add_special_tokens=False)
+        return np.array(encoding.ids, dtype=self._dtype)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of every text."""

@@ -67,9 +67,11 @@ class TiktokenEngine:
 
     name = "tiktoken"
 
-    def __init__(self, settings: dict[str, Any], reference: TokenizersEngine, dtype: Any) -> None:
+    def __init__(
+        self, settings: dict[str, Any], reference: TokenizersEngine, dtype: np.dtype
+    ) -> None:
         _check_kind(settings)
-        runs = whitespace_runs(settings)
+        runs = whitespace_runs(settings, reference)
         merges = merge_pairs(settings["model"])
         tokens = _check_merges(merges, reference, runs)
         ranks, id_of_rank = _ranks(tokens, settings["model"]["vocab"], runs)
@@ -87,7 +89,7 @@ class TiktokenEngine:
         except UnicodeEncodeError:
             return self.encode(without_surrogates(text))
         except ValueError:  # the regular expression's stack is full
-            return self._reference.encode_batch([text])[0]
+            return self._reference.encode(text)
         return self._id_of_rank[ranks]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -99,7 +101,7 @@ class TiktokenEngine:
         return self._reference.decode(ids)
 
 
-def whitespace_runs(settings: dict[str, Any]) -> Runs:
+def whitespace_runs(settings: dict[str, Any], reference: TokenizersEngine) -> Runs:
     """Return the added tokens that are runs of spaces or tabs: `{" ": {2: 50286, ...}, ...}`.
 
     Raises:
@@ -117,7 +119,7 @@ def whitespace_runs(settings: dict[str, Any]) -> Runs:
             raise UnsuitedError(f"the added token {content!r} is no run of spaces or tabs")
         if token.get("single_word") or token.get("lstrip") or token.get("rstrip"):
             raise UnsuitedError(f"the added token {content!r} takes its surroundings")
-        runs.setdefault(content[0], {})[len(content)] = token["id"]
+        runs.setdefault(content[0], {})[len(content)] = reference.tokenizer.token_to_id(content)
         normalized.setdefault(content[0], set()).add(bool(token.get("normalized")))
     for char, ids in runs.items():
         if sorted(ids) != list(range(2, max(ids) + 1)):
@@ -272,5 +274,5 @@ NASTY = (
 
 def _check_texts(engine: TiktokenEngine, reference: TokenizersEngine) -> None:
     for text in NASTY:
-        if not np.array_equal(engine.encode(text), reference.encode_batch([text])[0]):
+        if not np.array_equal(engine.encode(text), reference.encode(text)):
             raise UnsuitedError(f"its ids differ on {text[:40]!r}")

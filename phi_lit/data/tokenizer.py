@@ -20,7 +20,7 @@ from phi_lit.errors import UserError
 
 __all__ = ["TextTokenizer", "build_codegen", "codegen", "load_tokenizer", "train", "train_bpe"]
 
-_TOLD: set[str] = set()
+_TOLD: set[tuple[Path, str]] = set()
 
 
 class TextTokenizer:
@@ -59,7 +59,7 @@ class TextTokenizer:
         return self._engine.name
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """The type of the ids: uint16, or uint32 where the vocabulary needs it."""
         return id_type(self.vocab_size)
 
@@ -85,8 +85,9 @@ def load_tokenizer(directory: Path | str) -> TextTokenizer:
         UserError: no such directory, no tokenizer in it, a broken file, no end-of-text token.
     """
     tokenizer = _open(Path(directory))
-    if tokenizer.why_slow and tokenizer.fingerprint not in _TOLD:
-        _TOLD.add(tokenizer.fingerprint)
+    told = (tokenizer.directory, tokenizer.why_slow)
+    if tokenizer.why_slow and told not in _TOLD:
+        _TOLD.add(told)
         print(
             f"phi_lit: {directory}: using {tokenizer.engine}, some ten times slower than tiktoken, "
             f"because {tokenizer.why_slow}.",
@@ -194,7 +195,7 @@ def _open_json(directory: Path) -> TextTokenizer:
     eot, eot_id = end_of_text(directory, ids)
     vocab_size = max(ids.values()) + 1
     slow = TokenizersEngine(tokenizer, id_type(vocab_size))
-    if eot_id in slow.encode_batch([eot])[0]:
+    if eot_id in slow.encode(eot):
         raise UserError(
             f"{path}: text that spells {eot} becomes the token itself, so a document could forge a "
             'boundary. Give it "special": true among the added_tokens there.'
@@ -210,7 +211,7 @@ def _open_json(directory: Path) -> TextTokenizer:
         engine,
         eot_id=eot_id,
         vocab_size=vocab_size,
-        fingerprint=fingerprint(settings, eot_id),
+        fingerprint=fingerprint(settings, ids, eot_id),
         why_slow=why_slow,
     )
 

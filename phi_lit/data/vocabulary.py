@@ -81,7 +81,7 @@ def end_of_text(directory: Path, ids: dict[str, int]) -> tuple[str, int]:
     )
 
 
-def fingerprint(settings: dict[str, Any], eot_id: int) -> str:
+def fingerprint(settings: dict[str, Any], ids: dict[str, int], eot_id: int) -> str:
     """Return the SHA-256 of what decides the ids of a text, as hex.
 
     The model, the normalizer, the pre-tokenizer and the added tokens decide; the file's layout, its
@@ -90,12 +90,13 @@ def fingerprint(settings: dict[str, Any], eot_id: int) -> str:
 
     Args:
         settings: a tokenizer.json.
+        ids: its whole vocabulary as read; the ids written for added tokens are only wishes.
         eot_id: what goes between documents.
     """
     normalizer = settings.get("normalizer")
     flags = ["single_word", "lstrip", "rstrip", *(["normalized"] if normalizer else [])]
     added = [
-        [token["id"], token["content"], *(bool(token.get(flag)) for flag in flags)]
+        [ids[token["content"]], token["content"], *(bool(token.get(flag)) for flag in flags)]
         for token in settings.get("added_tokens") or []
         if not token.get("special")
     ]
