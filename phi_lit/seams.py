@@ -117,6 +117,11 @@ SEAMS = (
     ),
 )
 
+DATA_MODULES = ("phi_lit.data.textbook",)
+"""Where our data modules lie. They are imported with `litgpt.pretrain`, which every command line
+loads, because jsonargparse finds a class by its bare name (`class_path: CodeTextbook`) only among
+the imported subclasses of LitGPT's DataModule."""
+
 _stock: dict[str, Any] = {}  # what stood at each applied seam before
 
 
@@ -175,6 +180,9 @@ def apply_seams(module: ModuleType, seams: tuple[Seam, ...] = SEAMS) -> None:
         )
     for seam in due:
         _apply(module, seam)
+    if module.__name__ == "litgpt.pretrain":
+        for data_module in DATA_MODULES:
+            import_module(data_module)
 
 
 def _find(module: ModuleType, seam: Seam) -> tuple[Any, str, Any]:

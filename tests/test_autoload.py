@@ -31,9 +31,7 @@ def test_importing_torch_loads_the_hooks_and_nothing_of_litgpt(run_python):
 @pytest.mark.parametrize(
     "first",
     [
-        "import litgpt",
         "import litgpt.config",
-        "from litgpt.prompts import PromptStyle",
         "import torch, lightning, litgpt.__main__",
         "import phi_lit.registry, phi_lit.seams, litgpt.model",
         "import litgpt; from phi_lit.autoload import register; register(); register()",

@@ -218,13 +218,22 @@ def test_evaluate_accepts_our_checkpoint_as_far_as_the_harness(litgpt, tiny_chec
         pytest.skip("with the harness installed this would fetch a task")
 
 
-@pytest.mark.parametrize("autoload", [True, False], ids=["autoload", "autoload-off"])
-@pytest.mark.parametrize("module", ["phi_lit", "litgpt"])
-def test_as_a_module_in_a_process_of_its_own(run_python, module, autoload):
+@pytest.mark.parametrize(
+    ("module", "autoload", "knows"),
+    [("litgpt", True, True), ("litgpt", False, False), ("phi_lit", False, True)],
+)
+def test_as_a_module_in_a_process_of_its_own(run_python, module, autoload, knows):
     done = run_python("-m", module, "download", "list", autoload=autoload)
-    knows = module == "phi_lit" or autoload
     assert ("microsoft/phi-1" in done.stdout.splitlines()) is knows
     assert "microsoft/phi-1_5" in done.stdout.splitlines()
+
+
+def test_a_yaml_names_our_data_module_by_its_bare_name(litgpt, capsys):
+    with pytest.raises(SystemExit) as caught:
+        litgpt("pretrain", "phi1-test", "--data=CodeTextbook", "--print_config")
+    assert not caught.value.code
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["data"]["class_path"] == "phi_lit.CodeTextbook"
 
 
 @pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
@@ -292,7 +301,9 @@ def test_configs_are_listed_and_copied_but_never_overwritten(phi_lit, tmp_path, 
 
     names = {path.name for path in packaged_configs()}
     assert phi_lit("configs") == 0
-    assert all(name in capsys.readouterr().out for name in names) or not names
+    out = capsys.readouterr().out
+    assert names
+    assert all(name in out for name in names)
     kept = tmp_path / "mine" / sorted(names)[0]
     kept.parent.mkdir()
     kept.write_text("mine", encoding="utf-8")
@@ -301,13 +312,12 @@ def test_configs_are_listed_and_copied_but_never_overwritten(phi_lit, tmp_path, 
     assert kept.read_text(encoding="utf-8") == "mine"
 
 
-def test_user_errors_of_our_commands_are_one_line_and_exit_code_1(run_python):
-    done = run_python(
-        "-m", "phi_lit", "convert_to_litgpt", "x", "--model_name=phi1-nan", check=False
-    )
+def test_an_unknown_model_is_answered_in_one_line_with_exit_code_1(run_python):
+    done = run_python("-m", "phi_lit", "pretrain", "phi1-nan", check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("phi_lit: error: 'phi1-nan' is not")
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("phi_lit: error: 'phi1-nan' is not a supported config name.")
+    assert "'phi1-nano'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_overview_fits_a_terminal():

@@ -1,6 +1,8 @@
 """With phi_lit installed LitGPT's own commands do what they did: compared with the hooks off."""
 
 import csv
+import json
+import re
 import sys
 
 import pytest
@@ -83,14 +85,17 @@ seed: 3
 @pytest.fixture(scope="module")
 def help_texts(run_python):
     """The help of every LitGPT command, with the hooks on and off."""
-    import json
-
     texts = [
         json.loads(run_python("-c", HELP, json.dumps(LITGPT_COMMANDS), autoload=on).stdout)
         for on in (True, False)
     ]
     assert all(set(text) == set(LITGPT_COMMANDS) for text in texts)
     return texts
+
+
+def without_our_data_modules(text: str) -> str:
+    """Drop ours from the lists of known data modules, and with them the breaks between lines."""
+    return re.sub(r", phi_lit(\.\w+)+", "", " ".join(text.split()))
 
 
 def options(text: str) -> set[str]:
@@ -102,7 +107,7 @@ def test_help_is_litgpts_and_ours_only_adds(help_texts, command):
     ours, theirs = (text[command] for text in help_texts)
     assert options(theirs)
     if command not in ("pretrain", "finetune_full"):
-        assert ours == theirs
+        assert without_our_data_modules(ours) == " ".join(theirs.split())
         return
     assert options(theirs) < options(ours)
     added = {name.lstrip("-") for name in options(ours) - options(theirs)}
