@@ -1,0 +1,149 @@
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from phi_lit.data.prepare import prepare
+from phi_lit.data.tokens import TokenStore
+from phi_lit.errors import UserError
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    directory = tmp_path / "corpus"
+    directory.mkdir()
+    for i in range(20):
+        (directory / f"{i:02}.py").write_text(f"x = {i % 19}\n" * 10)
+    (directory / "latin.py").write_bytes(b"\xff")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A stand-in for the hub's upload endpoints: keeps what is committed in `hub.files`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, status=200, **body):
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self):
+            if self.headers.get("Authorization") != "Bearer hf_write":
+                self.answer(401, error="Invalid username or password.")
+            else:
+                self.answer(name="me", sha="0" * 40, type="user")
+
+        def do_POST(self):
+            length = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(length)
+            if self.path.startswith("/api/repos/create"):
+                self.answer(url=f"{hub.url}/datasets/me/tokens", name="me/tokens")
+            elif "/preupload/" in self.path:
+                files = [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for file in json.loads(body)["files"]
+                ]
+                self.answer(files=files)
+            elif "/commit/" in self.path:
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        value = line["value"]
+                        hub.files[value["path"]] = base64.b64decode(value["content"])
+                self.answer(commitUrl=f"{hub.url}/x", commitOid="1" * 40, success=True)
+            else:
+                self.answer(errors=[], warnings=[])
+
+        def log_message(self, *_):
+            pass
+
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{hub.server_port}"
+    hub.files = {}
+    thread = threading.Thread(target=hub.serve_forever)
+    thread.start()
+    yield hub
+    hub.shutdown()
+    thread.join()
+    hub.server_close()
+
+
+def test_the_report_tells_what_was_made(tmp_path, corpus, tiny_tokenizer_dir, capsys):
+    sources = [{"path": str(corpus), "name": "mine", "licence": "MIT"}]
+    prepare(
+        sources, tiny_tokenizer_dir, tmp_path / "tokens", val_fraction=0.3, seq_length=16,
+        num_workers=1,
+    )  # fmt: skip
+    said = capsys.readouterr()
+    (path,) = (tmp_path / "tokens").iterdir()
+    store = TokenStore.open(path)
+    for split in ("train", "val"):
+        held = store.manifest["splits"][split]
+        rows = (held["tokens"] - 1) // 16
+        (line,) = [line for line in said.out.splitlines() if line.split()[0] == split]
+        assert line.split()[1:9] == [
+            f"{held['documents']:,}", "documents", f"{held['tokens']:,}", "tokens",
+            f"{rows:,}", "rows", "of", "16",
+        ]  # fmt: skip
+        assert "1.00 bytes per token" in line
+    assert "from mine: 20 documents, 0.0 MB; licence MIT" in said.out
+    assert "skipped 1 not UTF-8: latin.py (not UTF-8)" in said.out
+    assert "duplicates seen: about 1 documents" in said.out
+    assert "mine: licence MIT" in said.err
+    assert "tokens/s" in said.err
+
+
+def test_a_dry_run_lists_licences_and_writes_nothing(tmp_path, corpus, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare([str(corpus), "stdlib"], dry_run=True)
+    said = capsys.readouterr().out
+    assert "stdlib: licence PSF-2.0" in said
+    assert f"{corpus}: licence not stated" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus"}
+
+
+def test_a_dry_run_looks_at_the_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"blob_id": "x"}\n')
+    with pytest.raises(UserError, match="no column named text or content; it has blob_id"):
+        prepare(str(tmp_path / "a.jsonl"), dry_run=True)
+
+
+def test_mistakes_are_told_before_anything_is_done(tmp_path, corpus, tiny_tokenizer_dir):
+    with pytest.raises(UserError, match="give --tokenizer_dir"):
+        prepare(str(corpus))
+    with pytest.raises(UserError, match="seq_length is 0"):
+        prepare(str(corpus), tiny_tokenizer_dir, seq_length=0)
+    with pytest.raises(UserError, match="a data set's id is owner/name"):
+        prepare(str(corpus), tiny_tokenizer_dir, tmp_path / "t", push_to_hub="tokens")
+    assert not (tmp_path / "t").exists()
+
+
+def run_prepare(run_python, tmp_path, corpus, tokenizer, hub, token, check=True):
+    return run_python(
+        "-m", "phi_lit", "prepare", "--sources", corpus, "--tokenizer_dir", tokenizer,
+        "--data_dir", tmp_path / "tokens", "--push_to_hub", "me/tokens", "--num_workers", "1",
+        HF_ENDPOINT=hub.url, HF_TOKEN=token, HF_HOME=str(tmp_path / "hf"), check=check,
+    )  # fmt: skip
+
+
+def test_the_store_is_uploaded_with_a_card(tmp_path, corpus, tiny_tokenizer_dir, run_python, hub):
+    done = run_prepare(run_python, tmp_path, corpus, tiny_tokenizer_dir, hub, "hf_write")
+    assert f"uploaded to {hub.url}/datasets/me/tokens" in done.stdout
+    (path,) = (tmp_path / "tokens").iterdir()
+    assert set(hub.files) == {"README.md", *(file.name for file in path.iterdir())}
+    for file in path.iterdir():
+        assert hub.files[file.name] == file.read_bytes()
+    assert b"licence not stated" in hub.files["README.md"]
+
+
+def test_without_a_login_nothing_is_prepared(tmp_path, corpus, tiny_tokenizer_dir, run_python, hub):
+    done = run_prepare(run_python, tmp_path, corpus, tiny_tokenizer_dir, hub, "no", check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("phi_lit: error: cannot upload to me/tokens:")
+    assert "hf auth login" in done.stderr
+    assert not (tmp_path / "tokens").exists()
