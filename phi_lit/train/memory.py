@@ -1,9 +1,10 @@
 """Bytes per GPU of a training step, by part, before anything is rented.
 
 The formulas count what PyTorch keeps: parameters, gradients, optimizer state, what autograd saves
-per block, the working set of the fused loss, what sharding gathers. `benchmarks/plan_check.py` holds
-them against an allocator-exact measurement. What they leave out is the allocator's fragmentation
-and the CUDA context (see `plan.py`). Letters: N tokens of a micro-batch, D hidden size, V vocabulary.
+per block, the working set of the fused loss, what sharding gathers. `benchmarks/plan_check.py`
+holds them against an allocator-exact measurement. What they leave out is the allocator's
+fragmentation and the CUDA context (see `plan.py`). Letters: N tokens of a micro-batch, D hidden
+size, V vocabulary.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -66,6 +67,13 @@ class Layout:
     def compute_bytes(self) -> int:
         """Bytes of one number in the matrix products."""
         return 4 if self.precision == "32-true" else 2
+
+    @property
+    def half_gathered(self) -> bool:
+        """Whether what a rank multiplies with is gathered in half precision: FSDP1, for fp16."""
+        return self.strategy == "deepspeed" or (
+            self.strategy == "fsdp" and self.precision == "16-mixed"
+        )
 
     @property
     def tokens(self) -> int:
@@ -142,7 +150,7 @@ def layout_of(job: "Job", machine: "Machine", rows: int) -> Layout:
 def resolve_strategy(
     strategy: str | None, sharding: str | None, *, devices: int, num_nodes: int, cpu_offload: bool
 ) -> tuple[Any, int]:
-    """Return the strategy that a key means on this many devices, and how many ranks share a copy."""
+    """Return what a strategy's key means on this many devices, and how many ranks share a copy."""
     world = devices * num_nodes
     if strategy in (None, "auto"):
         strategy = "fsdp" if world > 1 else "single"
@@ -176,7 +184,7 @@ def predict(config: "Config", layout: Layout) -> Memory:
     parameters, gradients, optimizer = _states(count, layout)
     copies = _weight_copies(config, count, layout)
     gathered, gathered_gradients = _gathered(count, layout)
-    # Recomputed blocks round their weights anew; autocast keeps the first copies while forward runs.
+    # Recomputed blocks round their weights anew; autocast keeps the first copies for the forward.
     kept_copies = copies if layout.checkpointing == "none" else 0.0
     block = saved_per_block(config, layout)
     kept = config.n_layer * _kept_per_block(config, layout, block)
@@ -208,18 +216,30 @@ def predict(config: "Config", layout: Layout) -> Memory:
     )
 
 
-def largest_fitting(config: "Config", layout: Layout, room: float) -> int:
-    """Return the most rows per forward pass whose peak is at most `room` bytes (0: none)."""
-    fits = 0
-    step = 1
-    while predict(config, replace(layout, micro_batch=fits + step)).total <= room:
-        fits += step
-        step *= 2
-    while step > 1:
-        step //= 2
-        if predict(config, replace(layout, micro_batch=fits + step)).total <= room:
-            fits += step
-    return fits
+def largest_fitting(config: "Config", layout: Layout, room: float, most: int) -> int:
+    """Return the most rows per forward pass whose peak is at most `room` bytes.
+
+    Args:
+        config: the model.
+        layout: how it is trained; its `micro_batch` and `accumulates` are not looked at.
+        room: bytes.
+        most: rows of a device's share of a step.
+
+    Returns:
+        0 where not even one row fits, and at most `most`.
+    """
+
+    def fits(rows: int) -> bool:
+        tried = replace(layout, micro_batch=rows, accumulates=rows < most)
+        return predict(config, tried).total <= room
+
+    if fits(most):
+        return most
+    low, high = 0, most  # `low` fits (or is none), `high` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 # ------------------------------------------------------------------------------------------- state
@@ -234,7 +254,9 @@ def _states(count: ParameterCount, layout: Layout) -> tuple[float, float, float]
     if layout.strategy == "fsdp":
         # Offloaded, all three rest in host memory; what the device needs is gathered.
         share = 0.0 if layout.cpu_offload else 1 / layout.ranks
-        return size * share, size * share, state * share
+        # Gradients are exchanged with the last micro-batch only: earlier ones add up unsharded.
+        whole = count.total * _gathered_bytes(layout) if layout.accumulates else 0
+        return size * share, size * share + whole, state * share
     buckets = 2 if layout.strategy == "ddp" else 1  # DDP reduces gradients in buffers of its own
     return size, size * buckets, state
 
@@ -254,7 +276,7 @@ _MOMENTS = {"sgd": 0.0, "rmsprop": 1.0, "adagrad": 1.0, "lion": 1.0, "adafactor"
 
 
 def state_bytes_per_parameter(count: ParameterCount, layout: Layout) -> float:
-    """Return the optimizer's bytes per parameter: two moments for AdamW, in the parameters' type."""
+    """Return the optimizer's bytes per parameter: AdamW has two moments of the parameter's type."""
     name = layout.optimizer.rpartition(".")[2].lower()
     kind = name.removeprefix("paged").removesuffix("8bit").removesuffix("32bit")
     moments = _MOMENTS.get(kind, 2.0) + (1.0 if layout.momentum else 0.0)
@@ -279,30 +301,38 @@ def _weight_copies(config: "Config", count: ParameterCount, layout: Layout) -> f
     Autograd saves them for the backward pass. Sharding does not divide them: each rank multiplies
     with whole weights. The fused loss lets go of its copy of the head.
     """
-    if not layout.mixed or layout.strategy == "deepspeed":
+    if not layout.mixed or layout.half_gathered:
         return 0.0
     head = 0 if layout.fused_loss else config.padded_vocab_size * config.n_embd  # type: ignore[operator]
     return 2.0 * (count.total - count.outside + head)
 
 
+def _gathered_bytes(layout: Layout) -> int:
+    return layout.compute_bytes if layout.half_gathered else layout.parameter_bytes
+
+
 def _gathered(count: ParameterCount, layout: Layout) -> tuple[float, float]:
-    """Return bytes of (parameters, gradients) that a sharded run holds whole for a time."""
+    """Return bytes of (parameters, gradients) that a sharded run holds whole for a time.
+
+    Embedding and head belong to no block and stay whole during a step.
+    """
     if layout.strategy not in ("fsdp", "deepspeed"):
         return 0.0, 0.0
-    size = layout.compute_bytes if layout.strategy == "deepspeed" else layout.parameter_bytes
-    blocks = _GATHERED_BLOCKS * count.block
-    if layout.sharding == "grad_op":
-        whole = 0.0 if layout.strategy == "deepspeed" else float(count.total * size)
-        return whole, float((blocks + count.outside) * size)
-    return float((blocks + count.outside) * size), float((count.block + count.outside) * size)
+    size = _gathered_bytes(layout)
+    gradients = float((count.block + count.outside) * size)
+    if layout.sharding != "grad_op":
+        return float((_GATHERED_BLOCKS * count.block + count.outside) * size), gradients
+    if layout.strategy == "deepspeed":  # its parameters are whole to begin with
+        return 0.0, gradients
+    return float(count.total * size), gradients
 
 
 # ------------------------------------------------------------------------------------- activations
 
 
 def _residual_bytes(layout: Layout) -> int:
-    """Bytes of one number of the residual stream: float32 wherever the parameters are."""
-    return layout.parameter_bytes
+    """Bytes of one number of the residual stream: float32 wherever the embedding is."""
+    return layout.compute_bytes if layout.half_gathered else layout.parameter_bytes
 
 
 def saved_per_block(config: "Config", layout: Layout) -> float:
