@@ -84,3 +84,29 @@ def test_a_user_error_ends_a_litgpt_program_as_one_line_and_exit_code_1(run_pyth
     assert done.stderr.splitlines()[-1].startswith("phi_lit: error: 'phi1-smal' is not a supported")
     assert "'phi1-small'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_another_litgpt_is_refused_in_one_line_with_both_versions(run_python, tmp_path):
+    import importlib.util
+    import shutil
+    from pathlib import Path
+
+    installed = Path(importlib.util.find_spec("litgpt").origin).parent
+    ignore = shutil.ignore_patterns("__pycache__")
+    other = Path(shutil.copytree(installed, tmp_path / "litgpt", ignore=ignore))
+    source = (other / "prompts.py").read_text(encoding="utf-8")
+    before = "def model_name_to_prompt_style(model_name: str)"
+    assert before in source
+    after = before.replace("model_name: str", "model_name: str, system: str = ''")
+    (other / "prompts.py").write_text(source.replace(before, after), encoding="utf-8")
+    (tmp_path / "litgpt-9.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: litgpt\nVersion: 9.0\n"
+    (tmp_path / "litgpt-9.0.dist-info" / "METADATA").write_text(metadata, encoding="utf-8")
+    done = run_python("-m", "litgpt", "download", "list", check=False, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("phi_lit: error: phi_lit ")
+    assert " was written against litgpt 0.5.13, but " in done.stderr
+    assert "litgpt 9.0 is installed: litgpt.prompts.model_name_to_prompt_style" in done.stderr
+    assert "(model_name, system=) where (model_name) was expected" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    run_python("-W", "error", "-c", "import torch", PYTHONPATH=str(tmp_path))
