@@ -27,11 +27,13 @@ def split_parameters(model: nn.Module) -> tuple[list[str], list[str]]:
     """
     matrices: list[str] = []
     others: list[str] = []
+    seen: set[int] = set()  # a tied weight counts once, where it is met first
     for prefix, module in model.named_modules():
         stacked = getattr(module, "matrices", ())
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or id(parameter) in seen:
                 continue
+            seen.add(id(parameter))
             full = f"{prefix}.{name}" if prefix else name
             is_matrix = name in stacked or (isinstance(module, nn.Linear) and name == "weight")
             (matrices if is_matrix else others).append(full)

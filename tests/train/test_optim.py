@@ -64,7 +64,7 @@ def test_yaml_numbers_and_lists_become_what_optimizers_want() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("AdamV", "Did you mean 'AdamW'"),
+        ("AdamV", "Did you mean 'Adam'"),
         ("no_such_package.Adam", "cannot import no_such_package"),
         (
             {"class_path": "torch.optim.AdamW", "init_args": {"learning_rate": 1}},

@@ -1,0 +1,101 @@
+"""Real processes over gloo: the same order and the same training on any number of ranks."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from runs import assert_same_to_the_bit, losses, quiet_environment
+
+LITGPT = str(Path(sys.executable).with_name("litgpt"))
+NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}  # see test_loop
+
+
+@pytest.fixture
+def launch(recipe: Callable[..., dict[str, Any]]) -> Callable[..., Path]:
+    """Runs plain `litgpt pretrain` in processes of its own; returns the output directory."""
+
+    def run(out_dir: Path, **changes: Any) -> Path:
+        config = out_dir.with_suffix(".yaml")
+        config.write_text(yaml.safe_dump(recipe(out_dir, **changes)))
+        done = subprocess.run(
+            [LITGPT, "pretrain", "--config", str(config)],
+            env=quiet_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return out_dir
+
+    return run
+
+
+def assert_close(one: Path, other: Path, tolerance: float) -> None:
+    first = torch.load(one / "final" / "lit_model.pth", weights_only=True)["model"]
+    second = torch.load(other / "final" / "lit_model.pth", weights_only=True)["model"]
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], rtol=0, atol=tolerance), name
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_train_as_one(
+    tmp_path: Path, train: Callable[..., Path], launch: Callable[..., Path], strategy: str
+) -> None:
+    one = train(tmp_path / "one", optimizer=SGD, train={**NO_DROPOUT, "micro_batch_size": 2})
+    two = launch(
+        tmp_path / "two",
+        strategy=strategy,
+        devices=2,
+        optimizer=SGD,
+        train={**NO_DROPOUT, "micro_batch_size": 2, "activation_checkpointing": "full"},
+    )
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert_close(two, one, tolerance=2e-5)
+
+
+def test_saved_on_two_ranks_resumed_on_one_and_the_other_way(
+    tmp_path: Path, train: Callable[..., Path], launch: Callable[..., Path]
+) -> None:
+    half = {**NO_DROPOUT, "max_steps": 8, "lr_total_steps": 12}
+    rest = {**NO_DROPOUT, "lr_total_steps": 12}
+    whole = train(tmp_path / "whole", optimizer=SGD, train=NO_DROPOUT)
+    two = launch(
+        tmp_path / "two", strategy="fsdp", devices=2, optimizer=SGD,
+        train={**half, "checkpoint_format": "sharded"},
+    )  # fmt: skip
+    train(two, optimizer=SGD, train=rest, resume="auto")
+    assert losses(two) == pytest.approx(losses(whole), abs=1e-5)
+    assert_close(two, whole, tolerance=2e-5)
+    one = train(tmp_path / "one", optimizer=SGD, train=half)
+    launch(one, strategy="fsdp", devices=2, optimizer=SGD, train=rest, resume="auto")
+    assert losses(one) == pytest.approx(losses(whole), abs=1e-5)
+    assert_close(one, whole, tolerance=2e-5)
+
+
+def test_two_sharded_ranks_resume_to_the_bit_with_dropout(
+    tmp_path: Path, launch: Callable[..., Path]
+) -> None:
+    sharded = {"strategy": "fsdp", "devices": 2}
+    whole = launch(tmp_path / "whole", **sharded)
+    half = launch(tmp_path / "half", **sharded, train={"max_steps": 8, "lr_total_steps": 12})
+    launch(half, **sharded, train={"lr_total_steps": 12}, resume="auto")
+    assert losses(half) == losses(whole)
+    assert_same_to_the_bit(half / "latest", whole / "latest")
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one(
+    tmp_path: Path, train: Callable[..., Path], launch: Callable[..., Path]
+) -> None:
+    one = train(tmp_path / "one", optimizer=SGD, train={**NO_DROPOUT, "micro_batch_size": 2})
+    four = launch(
+        tmp_path / "four", strategy="fsdp", sharding="grad_op", devices=4, optimizer=SGD,
+        train={**NO_DROPOUT, "micro_batch_size": 2},
+    )  # fmt: skip
+    assert losses(four) == pytest.approx(losses(one), abs=1e-5)

@@ -1,0 +1,279 @@
+"""The loop: accumulation, compilation, stopping, what is kept, and what it says of bad input."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from runs import assert_same_to_the_bit, losses, rows, tensors
+
+from phi_lit.errors import UserError
+
+Train = Callable[..., Path]
+NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+# Adam makes full steps of gradients that are only rounding (a key's bias has none but that), so
+# runs that add in another order are compared with an optimizer that is linear in the gradient.
+SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
+
+
+def weights(out_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out_dir / "final" / "lit_model.pth", weights_only=True)["model"]
+
+
+def assert_close(one: Path, other: Path, tolerance: float = 2e-6) -> None:
+    first, second = weights(one), weights(other)
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], rtol=0, atol=tolerance), name
+
+
+def test_accumulating_micro_batches_equals_one_batch(tmp_path: Path, train: Train) -> None:
+    runs = {
+        micro: train(
+            tmp_path / str(micro), optimizer=SGD, train={**NO_DROPOUT, "micro_batch_size": micro}
+        )
+        for micro in (8, 4, 1)
+    }
+    for micro in (4, 1):
+        assert losses(runs[micro]) == pytest.approx(losses(runs[8]), abs=1e-5)
+        assert_close(runs[micro], runs[8])
+
+
+def test_activation_checkpointing_changes_nothing_with_dropout_on(
+    tmp_path: Path, train: Train
+) -> None:
+    plain = train(tmp_path / "none")
+    for mode in ("selective", "full"):
+        other = train(tmp_path / mode, train={"activation_checkpointing": mode})
+        assert losses(other) == losses(plain)
+        assert_close(other, plain, tolerance=0)
+
+
+def test_compiled_and_eager_runs_agree(tmp_path: Path, train: Train) -> None:
+    eager = train(tmp_path / "eager", train={**NO_DROPOUT, "max_steps": 6})
+    compiled = train(tmp_path / "compiled", train={**NO_DROPOUT, "max_steps": 6, "compile": "on"})
+    assert losses(compiled) == pytest.approx(losses(eager), abs=1e-4)
+
+
+def test_dropout_is_off_in_validation_and_absent_from_the_checkpoint(
+    tmp_path: Path, train: Train
+) -> None:
+    out = train(tmp_path / "run", eval={"interval": 12, "initial_validation": True})
+    again = train(
+        tmp_path / "again", train=NO_DROPOUT, eval={"interval": 12, "initial_validation": True}
+    )
+    first = next(row["val_loss"] for row in rows(out) if "val_loss" in row)
+    assert first == next(row["val_loss"] for row in rows(again) if "val_loss" in row)
+    assert losses(out)[0] != losses(again)[0]
+    config = (out / "final" / "model_config.yaml").read_text()
+    assert "dropout" not in config
+    assert not any("dropout" in name for name in weights(out))
+
+
+def test_z_loss_adds_its_share(tmp_path: Path, train: Train) -> None:
+    plain = train(tmp_path / "plain", train=NO_DROPOUT)
+    z = train(tmp_path / "z", train={**NO_DROPOUT, "z_loss": 0.1})
+    # At the start the logits are near zero: log of the partition is ln 512.
+    assert losses(z)[0] - losses(plain)[0] == pytest.approx(0.1 * math.log(512) ** 2, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({"max_steps": 5}, 5),
+        ({"max_steps": 9, "max_tokens": 8 * 64 * 3}, 3),
+        ({"max_steps": 2, "max_tokens": 10**9}, 2),
+        ({"max_steps": None, "max_tokens": 8 * 64 * 4 + 17}, 4),
+    ],
+)
+def test_a_run_ends_at_the_nearest_of_its_limits(
+    tmp_path: Path, train: Train, limits: dict, steps: int
+) -> None:
+    assert len(losses(train(tmp_path / "run", train=limits))) == steps
+
+
+def test_named_best_and_newest_checkpoints_are_kept_and_no_others(
+    tmp_path: Path, train: Train
+) -> None:
+    out = train(
+        tmp_path / "run",
+        train={"save_interval": 2, "keep_last": 2, "keep_best": True, "name_steps": {4: "base"}},
+    )
+    names = sorted(path.name for path in out.glob("step-*"))
+    manifests = {name: json.loads((out / name / "checkpoint.json").read_text()) for name in names}
+    assert (out / "base").resolve().name == "step-00000004"
+    assert (out / "latest").resolve().name == "step-00000012"
+    best = (out / "best").resolve().name
+    assert set(names) == {"step-00000004", "step-00000010", "step-00000012", best}
+    assert manifests[best]["val_loss"] == min(m["val_loss"] for m in manifests.values())
+
+
+def test_a_checkpoint_is_one_of_litgpts(tmp_path: Path, train: Train) -> None:
+    from litgpt import LLM
+
+    out = train(tmp_path / "run")
+    for name in ("final", "latest"):
+        model = LLM.load(str(out / name))
+        assert isinstance(model.generate("def ", max_new_tokens=3), str)
+        assert type(model.prompt_style).__name__ == "Default"
+
+
+def test_what_a_run_was_is_written_beside_its_weights_and_starts_it_again(
+    tmp_path: Path, train: Train
+) -> None:
+    import litgpt.pretrain
+    from jsonargparse import CLI
+
+    out = train(tmp_path / "run", train={"name_steps": {4: "base"}})
+    again = tmp_path / "again"
+    written = str(out / "final" / "hyperparameters.yaml")
+    CLI(litgpt.pretrain.setup, args=["--config", written, "--out_dir", str(again)])
+    assert_same_to_the_bit(out / "latest", again / "latest")
+
+
+def test_saving_in_the_background_saves_the_same(tmp_path: Path, train: Train) -> None:
+    plain = train(tmp_path / "plain")
+    background = train(tmp_path / "background", train={"async_save": True})
+    for step in ("step-00000004", "step-00000008", "step-00000012"):
+        assert_same_to_the_bit(plain / step, background / step)
+
+
+def test_a_diverging_run_stops_and_names_the_last_good_checkpoint(
+    tmp_path: Path, train: Train
+) -> None:
+    wild = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e4}}
+    with pytest.raises(UserError, match=r"diverged; .* Lower the learning rate") as stopped:
+        train(tmp_path / "run", optimizer=wild, train={"save_interval": 1, "max_norm": None})
+    named = re.search(r"checkpoint is (\S+);|checkpoint is (\S+)\.", str(stopped.value))
+    assert named is not None
+    good = tensors(tmp_path / "run" / Path(next(filter(None, named.groups()))).name.rstrip("."))
+    assert all(value.isfinite().all() for value in good.values() if isinstance(value, torch.Tensor))
+
+
+def test_skipped_steps_are_counted_and_leave_the_weights_finite(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e4}}
+    out = train(tmp_path / "run", optimizer=wild, train={"on_nonfinite": "skip", "max_norm": None})
+    assert "step skipped" in capsys.readouterr().err
+    assert tensors(out / "latest")["training_state.pth.skipped"] > 0
+    assert all(value.isfinite().all() for value in weights(out).values())
+
+
+def test_initial_checkpoint_gives_the_first_weights(tmp_path: Path, train: Train) -> None:
+    first = train(tmp_path / "first")
+    second = train(
+        tmp_path / "second",
+        initial_checkpoint_dir=str(first / "final"),
+        train={"max_steps": 1},
+        eval={"initial_validation": True, "interval": 1000},
+    )
+    before = [row["val_loss"] for row in rows(first) if "val_loss" in row][-1]
+    after = next(row["val_loss"] for row in rows(second) if "val_loss" in row)
+    assert after == before
+
+
+@pytest.mark.parametrize("optimizer", ["torch.optim.Muon", "torch.optim.NAdam"])
+def test_other_optimizers_train_and_resume(tmp_path: Path, train: Train, optimizer: str) -> None:
+    if not hasattr(torch.optim, optimizer.rpartition(".")[2]):
+        pytest.skip(f"this torch has no {optimizer}")
+    spec = {"class_path": optimizer, "init_args": {"lr": 0.001}}
+    whole = train(tmp_path / "whole", optimizer=spec)
+    part = train(tmp_path / "part", optimizer=spec, train={"max_steps": 8, "lr_total_steps": 12})
+    train(part, optimizer=spec, train={"lr_total_steps": 12}, resume="auto")
+    assert_same_to_the_bit(part / "latest", whole / "latest")
+
+
+def test_tied_embeddings_stay_tied_and_resume(tmp_path: Path, train: Train) -> None:
+    whole = train(tmp_path / "whole", train={"tie_embeddings": True})
+    found = weights(whole)
+    assert torch.equal(found["lm_head.weight"], found["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"global_batch_size": 16}}, r"batch.global_batch_size was 8 and is 16"),
+        ({"data": {"init_args": {"seed": 7}}}, r"data.seed was 42 and is 7"),
+        ({"train": {"max_steps": 20}}, r"schedule.schedule_steps was 12 and is 20"),
+        ({"model_name": "phi1-nano"}, r"model.n_layer was 2 and is 6"),
+        ({"seed": 1}, r"seed was 42 and is 1"),
+        ({"precision": "bf16-true"}, r"precision was '32-true' and is 'bf16-true'"),
+    ],
+)
+def test_a_changed_run_says_what_differs_and_refuses_to_resume(
+    tmp_path: Path, train: Train, changes: dict, message: str
+) -> None:
+    out = train(tmp_path / "run")
+    with pytest.raises(UserError, match=message) as refused:
+        train(out, **changes, resume="auto")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_changed_run_goes_on_by_key(tmp_path: Path, train: Train) -> None:
+    out = train(tmp_path / "run")
+    train(out, train={"max_steps": 14, "resume_changed": True}, resume="auto")
+    assert len(losses(out)) == 14
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_name": "phi1-smal"}, r"Did you mean 'phi1-small'"),
+        ({"precision": "16-mixed"}, r"16-mixed needs a GPU"),
+        ({"train": {"micro_batch_size": 3}}, r"micro_batch_size allowed here: 1, 2, 4, 8"),
+        ({"train": {"attention_dropout": 1.0}}, r"attention_dropout is 1.0"),
+        ({"train": {"max_seq_length": 65}}, r"max_seq_length is 65; phi1-test takes 1 to 64"),
+        ({"train": {"max_steps": None, "max_tokens": 10}}, r"would end before its first step"),
+        ({"strategy": "deepspeed"}, r"deepspeed"),
+        ({"cpu_offload": True}, r"cpu_offload needs"),
+        ({"optimizer": "AdamX"}, r"has no 'AdamX'.*Did you mean"),
+        ({"resume": True}, r"there is no whole checkpoint"),
+        ({"resume": "nowhere"}, r"there is no checkpoint nowhere"),
+        ({"tokenizer_dir": "nowhere"}, r"nowhere"),
+        ({"model_name": "phi-1"}, r"phi-1 means codegen's vocabulary of 50,295 ids"),
+    ],
+)
+def test_bad_input_is_one_clear_line_before_training(
+    tmp_path: Path, train: Train, changes: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        train(tmp_path / "run", **changes)
+    assert "\n" not in str(refused.value)
+    assert not list((tmp_path / "run").glob("step-*")) if (tmp_path / "run").exists() else True
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path, train: Train) -> None:
+    with pytest.raises(UserError) as refused:
+        train(tmp_path / "run", precision="16-mixed", train={"micro_batch_size": 3, "z_loss": -1.0})
+    assert all(word in str(refused.value) for word in ("16-mixed", "micro_batch_size", "z_loss"))
+
+
+def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, train: Train) -> None:
+    other = train(tmp_path / "other")
+    config = {
+        "name": "phi-wide", "n_layer": 2, "n_embd": 128, "n_head": 2, "padded_vocab_size": 512,
+        "vocab_size": 512, "block_size": 64,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="does not fit the model"):
+        train(tmp_path / "run", model_config=config, initial_checkpoint_dir=str(other / "final"))
+
+
+def test_a_checkpoint_never_runs_code_when_it_is_read(tmp_path: Path, train: Train) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    out = train(tmp_path / "run")
+    evil = out / "step-00000012" / "training_state.pth"
+    torch.save({"optimizer": Evil()}, evil)
+    manifest = out / "step-00000012" / "checkpoint.json"
+    text = json.loads(manifest.read_text())
+    text["files"]["training_state.pth"] = evil.stat().st_size
+    manifest.write_text(json.dumps(text))
+    with pytest.raises(UserError, match="cannot be read"):
+        train(out, resume=str(out / "step-00000012"))
+    assert not (tmp_path / "ran").exists()
