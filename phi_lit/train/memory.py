@@ -199,7 +199,7 @@ def predict(config: "Config", layout: Layout) -> Memory:
         "loss": base + waiting + copies + kept + last + retained + chunk,
         "backward": base + waiting + gathered_gradients
         + kept_copies + kept + last + hidden + (0 if layout.accumulates else head) + working,
-        "end of backward": base + gradients + gathered_gradients + working + block,
+        "end of backward": base + gradients + gathered_gradients + working + kept / config.n_layer,
         "optimizer": parameters + optimizer + gradients + _optimizer_temporary(count, layout),
     }  # fmt: skip
     return Memory(
