@@ -23,10 +23,13 @@ IGNORE = -100
 class Feed(Protocol):
     """A place in an endless stream of rows, from which micro-batches are taken."""
 
-    position: int
-    """Rows consumed by all ranks together since the start."""
     rows_per_epoch: int | None
     """Rows in one pass, or None where unknown (a stream)."""
+
+    @property
+    def position(self) -> int:
+        """Rows consumed by all ranks together since the start."""
+        ...
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Return this rank's next (inputs, targets), each (rows, T) of int64, and move on."""

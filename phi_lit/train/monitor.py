@@ -7,6 +7,7 @@ is drawn from it.
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
