@@ -65,7 +65,7 @@ def prepare_store(
         tokenizer_dir: a tokenizer directory that LitGPT reads.
         val_fraction: share of the documents to hold out, above 0 and below 1.
         split_seed: decides which.
-        num_workers: tokenizing processes; None for all cores. The bytes are the same for any.
+        num_workers: cores to tokenize on; None for all. The bytes are the same for any number.
         shard_tokens: ids between two commits.
         verify: how to check a store that is already there (see `TokenStore.open`).
         say: is told in one line which store is used and why a new one is made.
@@ -109,11 +109,13 @@ def prepare_store(
         except BaseException as error:
             job.leave(keep=not isinstance(error, NoText))
             raise
-    return TokenStore.open(path, verify="sizes")
+    store = TokenStore.open(path, verify="sizes")
+    say(f"tokens: made {path} ({_summary(store)}).")
+    return store
 
 
 @dataclass
-class _Progress:
+class _Journal:
     """What the journal holds: how far the documents are written, and in which shards."""
 
     place: Place = START
@@ -126,7 +128,7 @@ class _Progress:
         return sum(shard.tokens for shard in self.shards[split])
 
     @classmethod
-    def load(cls, path: Path) -> "_Progress | None":
+    def load(cls, path: Path) -> "_Journal | None":
         """Read a journal, or None where there is none whose shards are all there."""
         try:
             held = json.loads((path / JOURNAL).read_text(encoding="utf-8"))
@@ -146,12 +148,12 @@ class _Job:
         self, path: Path, sources: list[Source], settings: dict[str, Any], dtype: np.dtype[Any]
     ) -> None:
         self.path, self.sources, self.settings, self.dtype = path, sources, settings, dtype
-        self.done = _Progress()
+        self.done = _Journal()
         self.shards = OpenShards(path, dtype)
 
     def run(self, encoders: Encoders, tokenizer: Any, say: Say) -> None:
         """Write what is missing, and the manifest."""
-        self.done = _Progress.load(self.path) or self._begin(None)
+        self.done = _Journal.load(self.path) or self._begin(None)
         self._remove_uncommitted()
         if self.done.place != START:
             say(f"  going on after {self.done.place.documents:,} documents of an earlier run")
@@ -174,11 +176,11 @@ class _Job:
         if not (keep and any(self.done.shards.values())):
             shutil.rmtree(self.path, ignore_errors=True)
 
-    def _begin(self, val_below: int | None) -> _Progress:
+    def _begin(self, val_below: int | None) -> _Journal:
         """Forget what is there and start with the first document."""
         if val_below is None:
             val_below = int(self.settings["val_fraction"] * 2**64)
-        self.done = _Progress(val_below=val_below)
+        self.done = _Journal(val_below=val_below)
         self.shards.discard()
         self._remove_uncommitted()
         return self.done
@@ -264,15 +266,20 @@ class _Job:
 
 def _reuse(path: Path, verify: Verify, say: Say) -> TokenStore:
     store = TokenStore.open(path, verify=verify)
-    names = ", ".join(
-        f"{report['name']} at commit {report['commit'][:10]}"
-        if report["commit"]
-        else report["name"]
-        for report in store.manifest["sources"]
-    )
-    train, val = store.tokens("train"), store.tokens("val")
-    say(f"tokens: using {path} ({train:,} to train on, {val:,} held out; {names}).")
+    say(f"tokens: using {path} ({_summary(store)}).")
     return store
+
+
+def _summary(store: TokenStore) -> str:
+    """Say in one line what a store holds, from where, and what was left out."""
+    names, skipped = [], 0
+    for report in store.manifest["sources"]:
+        commit = f" at commit {report['commit'][:10]}" if report["commit"] else ""
+        names.append(report["name"] + commit)
+        skipped += sum(report["skipped"]["counts"].values())
+    train, val = store.tokens("train"), store.tokens("val")
+    left_out = f"; {skipped:,} files or rows skipped, see its manifest.json" if skipped else ""
+    return f"{train:,} to train on, {val:,} held out, from {', '.join(names)}{left_out}"
 
 
 def _why_new(data_dir: Path, path: Path, settings: dict[str, Any]) -> str:

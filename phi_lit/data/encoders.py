@@ -1,17 +1,21 @@
-"""Tokenizing on all cores: text goes out to worker processes, ids come back in order.
+"""Tokenizing on all cores: text goes out to threads and processes, ids come back in order.
 
-The workers are plain `python` children that load nothing but the tokenizer, over pipes. (A
-`multiprocessing` pool would import the main program again in each: with `litgpt` that is seconds of
-torch before the first token; a fork would copy its threads' locks.) They end when their pipe does,
-so a killed parent leaves none behind.
+Threads are enough at first, because the engines let go of Python's lock while they encode. For a
+large corpus worker processes join them, so that the little that needs the lock does not hold up
+many cores. The workers are plain `python` children that load nothing but the tokenizer, over pipes.
+(A `multiprocessing` pool would import the main program again in each: with `litgpt` that is seconds
+of torch before the first token; a fork would copy its threads' locks.) They end when their pipe
+does, so a killed parent leaves none behind.
 """
 
+import contextlib
 import os
 import pickle
 import queue
 import subprocess
 import sys
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,38 +49,45 @@ def encode_documents(tokenizer: "TextTokenizer", texts: list[str], dtype: np.dty
 
 
 class Encoders:
-    """Encodes in `processes` children, and in this process until the first of them is ready.
+    """Encodes on `workers` threads, each with a process to ask once there is much to do.
 
-    A small corpus is done before a child would have loaded its tokenizer, so none is started before
-    `WARM_UP` submissions; with one process none ever is. A context manager; `submit` returns a
-    future, and at most `ahead` of them should be left open.
+    A context manager; `submit` returns a future, and at most `ahead` of them should be left open.
     """
 
-    WARM_UP = 4
+    WARM_UP = 64
+    """Submissions before processes are started: a smaller corpus is done before they would be."""
 
-    def __init__(self, tokenizer: "TextTokenizer", dtype: np.dtype[Any], processes: int) -> None:
+    def __init__(self, tokenizer: "TextTokenizer", dtype: np.dtype[Any], workers: int) -> None:
         self._tokenizer, self._dtype = tokenizer, dtype
-        self.processes = processes
-        self.ahead = 2 * processes if processes > 1 else 0
-        self._threads = ThreadPoolExecutor(max(processes, 1), "encode")
+        self.workers = workers
+        self.ahead = 2 * workers if workers > 1 else 0
+        self._threads = ThreadPoolExecutor(workers, "encode")
+        self._starting: list[threading.Thread] = []
         self._children: list[subprocess.Popen[bytes]] = []
-        self._idle: queue.SimpleQueue[subprocess.Popen[bytes] | None] = queue.SimpleQueue()
-        self._starts: list[Future[None]] = []
+        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
         self._submitted = 0
 
     def submit(self, texts: list[str]) -> "Future[Encoded]":
         """Encode documents some time soon."""
         self._submitted += 1
-        if self.processes > 1 and self._submitted == self.WARM_UP:
-            self._starts = [self._threads.submit(self._start) for _ in range(self.processes)]
-        if any([start.result() is None for start in self._starts if start.done()]):
-            return self._threads.submit(self._ask_child, texts)
-        future: Future[Encoded] = Future()
-        future.set_result(encode_documents(self._tokenizer, texts, self._dtype))
-        return future
+        if self.workers > 1 and self._submitted == self.WARM_UP:
+            for _ in range(self.workers):
+                self._start_child()
+        return self._threads.submit(self._encode, texts)
 
-    def _start(self) -> None:
-        """Start a child and wait until it has loaded the tokenizer."""
+    def _encode(self, texts: list[str]) -> Encoded:
+        """Encode in a process if one is idle, else in this thread."""
+        try:
+            child = self._idle.get_nowait()
+        except queue.Empty:
+            return encode_documents(self._tokenizer, texts, self._dtype)
+        answer = _ask(child, texts)
+        self._idle.put(child)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _start_child(self) -> None:
         child = subprocess.Popen(
             [sys.executable, "-c", _CHILD.format(path=sys.path)],
             stdin=subprocess.PIPE,
@@ -84,18 +95,16 @@ class Encoders:
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
         )
         self._children.append(child)
-        _ask(child, (self._tokenizer, self._dtype.str))
-        self._idle.put(child)
+        self._starting.append(threading.Thread(target=self._introduce, args=(child,)))
+        self._starting[-1].start()
 
-    def _ask_child(self, texts: list[str]) -> Encoded:
-        child = self._idle.get()
-        if child is None:
-            raise CancelledError
-        answer = _ask(child, texts)
+    def _introduce(self, child: "subprocess.Popen[bytes]") -> None:
+        """Give a child the tokenizer, and work once it has loaded it."""
+        try:
+            _ask(child, (self._tokenizer, self._dtype.str))
+        except UserError:
+            return  # it said why on standard error; threads do its share
         self._idle.put(child)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
 
     def __enter__(self) -> "Encoders":
         return self
@@ -106,19 +115,17 @@ class Encoders:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is not None:
+        if error is not None or any(thread.is_alive() for thread in self._starting):
             for child in self._children:
                 child.kill()  # what is still on its way is not wanted; its thread gets an EOF
-            for _ in range(self.processes):
-                self._idle.put(None)  # and a thread that waits for a child gets this
         self._threads.shutdown(cancel_futures=True)
+        for thread in self._starting:
+            thread.join()
         for child in self._children:
             for pipe in (child.stdin, child.stdout):
                 assert pipe is not None
-                try:
+                with contextlib.suppress(BrokenPipeError):  # unsent text for a child that is gone
                     pipe.close()
-                except BrokenPipeError:
-                    continue  # unsent text for a child that is gone
             child.wait()
 
 

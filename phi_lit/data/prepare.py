@@ -37,7 +37,7 @@ def prepare(
         val_fraction: Share of the documents held out for validation.
         seed: Decides which documents are held out (CodeTextbook's split_seed).
         seq_length: The row length to report rows for; the tokens can be cut to any.
-        num_workers: Tokenizing processes; all cores by default.
+        num_workers: Cores to tokenize on; all by default.
         push_to_hub: A data set id on the Hugging Face hub (owner/name) to upload the store to.
         dry_run: Only list the sources with their licences and look at their first documents.
     """

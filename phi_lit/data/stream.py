@@ -8,6 +8,7 @@ that is how an interrupted preparation knows that its input is still the same.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Any, NamedTuple
 
 from phi_lit.data.sources import NoText, Source
@@ -27,7 +28,7 @@ class SeenBefore:
     """
 
     def __init__(self) -> None:
-        self._bits = bytearray(_BITMAP_BYTES)  # pages that are never touched cost nothing
+        self._bits = mmap(-1, _BITMAP_BYTES)  # of zeros; pages that are never touched cost nothing
 
     def add(self, digest: bytes) -> bool:
         """Remember a text by its hash (at least 32 bytes); tell whether it was there."""

@@ -44,7 +44,7 @@ class CodeTextbook(DataModule):
     seed: int = 42
     """Decides the order of the rows in every epoch; a change needs no new preparation."""
     num_workers: int | None = None
-    """Tokenizing processes; all cores by default. The tokens are the same for any number."""
+    """Cores to tokenize on; all by default. The tokens are the same for any number."""
     verify: Verify = "auto"
     """How to check prepared tokens: `sizes`, `full` (sha256), or `auto` (full up to 512 MB)."""
 
@@ -88,7 +88,7 @@ class CodeTextbook(DataModule):
         Raises:
             UserError: no tokenizer, an unusable source, damaged tokens, a full disk.
         """
-        first = _rank() == 0
+        first = _is_first()
         verify = self.verify if first else "sizes"  # one rank reading everything is enough
         if self.store is not None:
             found = TokenStore.open(self.store, verify=verify)
@@ -196,10 +196,11 @@ class CodeTextbook(DataModule):
         return f"CodeTextbook({self.store or names})"
 
 
-def _rank() -> int:
+def _is_first() -> bool:
+    """Tell whether this is the first process on its machine: it reads, checks and says it all."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() and int(os.environ.get("LOCAL_RANK", "1"))
-    return 0
+        return torch.distributed.get_rank() == 0 or os.environ.get("LOCAL_RANK") == "0"
+    return True
 
 
 def _silent(text: str) -> None:

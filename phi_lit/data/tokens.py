@@ -8,7 +8,9 @@ without one is not a store. How a store is made is in `building.py`; how rows ar
 """
 
 import json
+from bisect import bisect_right
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,10 +40,10 @@ class TokenArray:
             np.memmap(path, dtype, mode="r", shape=(length,)) if length else np.empty(0, dtype)
             for path, length in zip(paths, lengths, strict=True)
         ]
-        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self._starts = [0, *accumulate(lengths)]
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __getitem__(self, where: slice) -> np.ndarray:
         start, stop, step = where.indices(len(self))
@@ -53,10 +55,10 @@ class TokenArray:
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (one-dimensional, any integer type) with the ids from position `start` on."""
-        part = int(np.searchsorted(self._starts, start, side="right")) - 1
+        part = bisect_right(self._starts, start) - 1
         done = 0
         while done < len(out):
-            offset = start + done - int(self._starts[part])
+            offset = start + done - self._starts[part]
             piece = self._parts[part][offset : offset + len(out) - done]
             out[done : done + len(piece)] = piece
             done += len(piece)

@@ -204,5 +204,5 @@ def test_help_tells_every_setting(parser, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--data.help", "phi_lit.CodeTextbook"])
     told = " ".join(capsys.readouterr().out.split())
-    for words in ("--data.sources", "Decides the order of the rows", "Tokenizing processes"):
+    for words in ("--data.sources", "Decides the order of the rows", "Cores to tokenize on"):
         assert words in told

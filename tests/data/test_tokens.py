@@ -181,35 +181,31 @@ def test_the_bytes_are_the_same_for_any_number_of_processes(corpus, build, tmp_p
     assert stores[0].path.name == stores[2].path.name
 
 
-def test_children_encode_as_this_process_does(tiny_tokenizer_dir, monkeypatch):
+@pytest.fixture
+def two_children(tiny_tokenizer_dir, monkeypatch):
+    """Encoders whose two child processes are ready."""
     monkeypatch.setattr(Encoders, "WARM_UP", 1)
-    tokenizer = load_tokenizer(tiny_tokenizer_dir)
-    with Encoders(tokenizer, token_dtype(257), 2) as encoders:
+    with Encoders(load_tokenizer(tiny_tokenizer_dir), token_dtype(257), 2) as encoders:
         encoders.submit(["start them"])
-        for start in encoders._starts:
-            start.result()
-        futures = [encoders.submit(["ab"] * n) for n in range(1, 20)]
-        for n, future in enumerate(futures, start=1):
-            assert future.result().ids.tolist() == [64, 65, END] * n
-            assert future.result().lengths.tolist() == [3] * n
-        assert len(encoders._children) == 2
+        for thread in encoders._starting:
+            thread.join()
+        assert encoders._idle.qsize() == 2
+        yield encoders
 
 
-def test_a_dead_child_is_reported(tiny_tokenizer_dir, monkeypatch):
-    monkeypatch.setattr(Encoders, "WARM_UP", 1)
+def test_children_encode_as_this_process_does(two_children):
+    futures = [two_children.submit(["ab"] * n) for n in range(1, 20)]
+    for n, future in enumerate(futures, start=1):
+        assert future.result().ids.tolist() == [64, 65, END] * n
+        assert future.result().lengths.tolist() == [3] * n
+    assert two_children._idle.qsize() == 2
 
-    def use_until_it_fails() -> None:
-        with Encoders(load_tokenizer(tiny_tokenizer_dir), token_dtype(257), 2) as encoders:
-            encoders.submit(["start them"])
-            for start in encoders._starts:
-                start.result()
-            for child in encoders._children:
-                child.kill()
-            for _ in range(8):
-                encoders.submit(["x"]).result()
 
+def test_a_dead_child_is_reported(two_children):
+    for child in two_children._children:
+        child.kill()
     with pytest.raises(UserError, match=r"tokenizing process died \(exit status -9\)"):
-        use_until_it_fails()
+        two_children.submit(["x"]).result()
 
 
 # -------------------------------------------------------------------------------- reuse or anew
@@ -218,6 +214,7 @@ def test_a_dead_child_is_reported(tiny_tokenizer_dir, monkeypatch):
 def test_the_same_inputs_are_not_tokenized_twice(corpus, build):
     first = build(corpus)
     assert "no store is there yet" in build.said[0]
+    assert build.said[-1].startswith(f"tokens: made {first.path} (")
     again = build(corpus)
     assert again.path == first.path
     assert len(build.said) == 1
@@ -300,7 +297,7 @@ from pathlib import Path
 from phi_lit.data import encoders, stream
 from phi_lit.data.sources import open_source
 from phi_lit.data.tokens import TokenStore
-stream.CHUNK_BYTES, encoders.Encoders.WARM_UP = 500, 2
+stream.CHUNK_BYTES, encoders.Encoders.WARM_UP = 500, 4
 slow = encoders.encode_documents
 def encode(*args):
     time.sleep(float(sys.argv[4]))
@@ -318,8 +315,11 @@ def start(data_dir, corpus, tokenizer, pause=0.0, **kwargs) -> subprocess.Popen:
     return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, **kwargs)
 
 
-def wait_for(path: Path, pattern: str, count: int) -> None:
-    while len(list(path.glob(pattern))) < count:
+def wait_for_commits(path: Path, count: int) -> None:
+    while True:
+        journals = [json.loads(found.read_text()) for found in path.glob("*/journal.json")]
+        if journals and len(journals[0]["shards"]["train"]) >= count:
+            return
         time.sleep(0.01)
 
 
@@ -329,7 +329,7 @@ def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(
 ):
     quiet = start(tmp_path / "quiet", corpus, tiny_tokenizer_dir)
     killed = start(tmp_path / "killed", corpus, tiny_tokenizer_dir, pause=0.05)
-    wait_for(tmp_path / "killed", "*/train-*.bin", shards)
+    wait_for_commits(tmp_path / "killed", shards)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     (unfinished,) = (tmp_path / "killed").iterdir()
@@ -363,7 +363,7 @@ def test_an_input_that_changed_meanwhile_is_read_from_the_start(
             build(corpus, shard_tokens=1500)
     (corpus / "007.txt").write_text("another text")
     changed = build(corpus, shard_tokens=1500)
-    assert "starting over" in build.said[-1]
+    assert "starting over" in build.said[-2]
     straight = build(corpus, shard_tokens=1500, data_dir=tmp_path / "elsewhere")
     assert contents(changed) == contents(straight)
 
