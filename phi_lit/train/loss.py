@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from phi_lit.train import liger
+from phi_lit.train.head_cpu import CpuHead
 
 Backend = Literal["auto", "torch", "liger"]
 
@@ -21,7 +22,10 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 where the matrix products are at full speed and the pages of one buffer are reused; a GPU wants
 larger products."""
 
-_CACHED_BYTES = 4 << 20  # rows whose softmax is taken together on a CPU: what stays in its caches
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of hidden states, weight and bias; None where not wanted."""
+
+_ADDMM_TAKES_OUT_DTYPE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 
 class HeadLoss(NamedTuple):
@@ -66,10 +70,10 @@ def linear_cross_entropy(
             "auto" takes liger where it is installed and can do what is asked.
 
     Under autocast the products run in autocast's type, as `F.linear` would; softmax, loss and the
-    accumulated gradients of weight and bias are float32 (float64 for float64 input). Gradients are
-    kept unscaled between forward and backward, with entries in [-1, 1] per row, so that a loss
-    scale of 65,536 applied later overflows nothing in float16. No targets at all gives a loss of 0
-    and gradients of 0. Only first derivatives exist.
+    summed gradients are float32 (float64 for float64 input). Only the products see float16, with
+    the logits' gradient unscaled, in [-1, 1]: neither a large batch nor a loss scale that is
+    applied later can push it out of range. No targets at all gives a loss of 0 and gradients of 0.
+    Only first derivatives exist.
 
     Raises:
         ValueError: shapes or types that do not fit, or a backend that cannot do what is asked.
@@ -145,7 +149,7 @@ def _compute_dtype(hidden_ND: Tensor, weight_VD: Tensor) -> torch.dtype:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The chunked loss; forward leaves the unscaled gradients on `ctx`, backward scales them."""
+    """The chunked loss: forward leaves the gradients on `ctx`, backward multiplies and hands them out."""
 
     @staticmethod
     def forward(
@@ -161,28 +165,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         want: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = _compute_dtype(hidden_ND, weight_VD)
+        parts = [
+            None if x is None else x.detach().to(dtype) for x in (hidden_ND, weight_VD, bias_V)
+        ]
+        wanted: Any = tuple(want and needed for needed in ctx.needs_input_grad[:3])
+        counted_N = target_N != ignore_index
+        target_N = torch.where(counted_N, target_N, 0)
+        head = CpuHead if hidden_ND.device.type == "cpu" else PlainHead
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            chunks = _Chunks(hidden_ND, weight_VD, bias_V, dtype, rows, z_loss)
-            wanted = [want and need for need in ctx.needs_input_grad[:3]]
-            ctx.gradients = chunks.make_gradients(*wanted)
-            nll, z = chunks.run(target_N, ignore_index)
-        ctx.scale = scale
-        ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-        cross_entropy = (nll * scale).to(nll.dtype)
-        z = (z * scale).to(nll.dtype)
+            nll, z, ctx.gradients = head(*parts, rows=rows, z_loss=z_loss, wanted=wanted).run(
+                target_N, counted_N, scale
+            )
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden_ND, weight_VD, bias_V)]
+        cross_entropy, z = (nll * scale).to(nll.dtype), (z * scale).to(nll.dtype)
         ctx.mark_non_differentiable(cross_entropy, z)
         return cross_entropy + z, cross_entropy, z
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        factor = grad.double() * ctx.scale
         gradients = ctx.gradients
         keep = _graph_is_kept()
         if not keep:  # then in place, on the only reference: autograd keeps the tensor as `.grad`
             ctx.gradients = None
+        one = grad.device.type == "cpu" and grad.item() == 1
         scaled = [
-            None if g is None else _scale(g, factor.to(g.dtype), in_place=not keep).to(dtype)
+            None if g is None else _times(g, None if one else grad, in_place=not keep).to(dtype)
             for g, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         del gradients
@@ -195,119 +203,108 @@ def _graph_is_kept() -> bool:
     return True if asked is None else asked()
 
 
-def _scale(gradient: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
+def _times(gradient: Tensor, factor: Tensor | None, *, in_place: bool) -> Tensor:
+    """Multiply by the gradient of the loss; None is one."""
+    if factor is None:
+        return gradient if in_place else gradient.clone()
+    factor = factor.to(gradient.dtype)
     return gradient.mul_(factor) if in_place else gradient * factor
 
 
-class _Chunks:
-    """One pass over the rows, chunk by chunk, that sums the loss and fills the gradients."""
+class PlainHead:
+    """One pass over the rows for any device, chunk by chunk; `CpuHead` has the same interface."""
 
     def __init__(
         self,
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        dtype: torch.dtype,
+        *,
         rows: int,
         z_loss: float,
+        wanted: tuple[bool, bool, bool],
     ) -> None:
-        self.hidden_ND = hidden_ND.detach().to(dtype)
-        self.weight_VD = weight_VD.detach().to(dtype)
-        self.bias_V = None if bias_V is None else bias_V.detach().to(dtype)
-        self.rows = min(rows, max(hidden_ND.shape[0], 1))
-        self.z_loss = z_loss
+        self.hidden_ND, self.weight_VD, self.bias_V = hidden_ND, weight_VD, bias_V
+        self.rows, self.z_loss = min(rows, max(hidden_ND.shape[0], 1)), z_loss
         # Sums are never kept in a half-precision type: 2048 rows added in bf16 lose 8 bits.
-        self.exact = torch.float64 if dtype == torch.float64 else torch.float32
-        self.hidden_grad_ND: Tensor | None = None
-        self.weight_grad_VD: Tensor | None = None
-        self.bias_grad_V: Tensor | None = None
+        self.exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        self.wants_hidden, self.wants_weight, self.wants_bias = wanted
 
-    def make_gradients(
-        self, hidden: bool, weight: bool, bias: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Make the tensors that `run` fills, for those gradients that are wanted."""
-        if hidden:
-            self.hidden_grad_ND = torch.empty_like(self.hidden_ND)
-        if weight:
-            self.weight_grad_VD = torch.zeros_like(self.weight_VD, dtype=self.exact)
-        if bias:
-            assert self.bias_V is not None
-            self.bias_grad_V = torch.zeros_like(self.bias_V, dtype=self.exact)
-        return self.hidden_grad_ND, self.weight_grad_VD, self.bias_grad_V
+    def run(
+        self, target_N: Tensor, counted_N: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        """Return the summed loss, the summed z-loss and the gradients times `scale`.
 
-    def run(self, target_N: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """Return the summed negative log-likelihood and the summed z-loss."""
-        n_rows, vocabulary = self.hidden_ND.shape[0], self.weight_VD.shape[0]
-        counted_N = target_N != ignore_index
-        target_N = torch.where(counted_N, target_N, 0)
-        nll = self.hidden_ND.new_zeros((), dtype=self.exact)
-        z = self.hidden_ND.new_zeros((), dtype=self.exact)
-        buffer = self.hidden_ND.new_empty((self.rows, vocabulary))
-        for start in range(0, n_rows, self.rows):
-            rows = slice(start, min(start + self.rows, n_rows))
-            logits = buffer[: rows.stop - start]
-            self._logits(rows, out=logits)
-            counted = counted_N[rows].to(self.exact)
-            self._softmax(logits, target_N[rows], counted, nll, z)
-            self._products(rows, logits, counted)
-        return nll, z
-
-    @property
-    def _wants_gradients(self) -> bool:
-        wanted = (self.hidden_grad_ND, self.weight_grad_VD, self.bias_grad_V)
-        return any(gradient is not None for gradient in wanted)
-
-    def _logits(self, rows: slice, out: Tensor) -> None:
-        if self.bias_V is None:
-            torch.mm(self.hidden_ND[rows], self.weight_VD.t(), out=out)
-        else:
-            torch.addmm(self.bias_V, self.hidden_ND[rows], self.weight_VD.t(), out=out)
-
-    def _softmax(
-        self, logits: Tensor, target: Tensor, counted: Tensor, nll: Tensor, z: Tensor
-    ) -> None:
-        """Add to the loss; turn logits into their gradient in place, a few rows at a time.
-
-        On a CPU a few rows stay in the caches between the passes over them.
+        Args:
+            target_N: ids, any valid one where a row is not counted.
+            counted_N: which rows count.
+            scale: what the gradients are multiplied by.
         """
-        few = logits.shape[0]
-        if logits.device.type == "cpu":
-            few = max(1, _CACHED_BYTES // (4 * logits.shape[1]))
-        for start in range(0, logits.shape[0], few):
-            part = logits[start : start + few]
-            weight = counted[start : start + few]
-            index = target[start : start + few, None]
-            x = part.to(self.exact)
-            target_logit = x.gather(1, index).squeeze(1)
-            if not self._wants_gradients:
-                lse = x.logsumexp(1)
-            else:
-                largest = x.amax(1, keepdim=True)
-                p = torch.softmax(x, 1)
-                # The largest probability is 1 / sum(exp(x - largest)), exact to the last bits.
-                lse = (largest - p.amax(1, keepdim=True).log_()).squeeze(1)
-                if self.z_loss:
-                    p.mul_((1 + 2 * self.z_loss * lse).unsqueeze(1))
-                p.scatter_add_(1, index, p.new_full((), -1.0).expand(index.shape))
-                if self.bias_grad_V is not None:
-                    self.bias_grad_V.addmv_(p.t(), weight)
-                part.copy_(p)
-            nll += ((lse - target_logit) * weight).sum()
-            z += self.z_loss * (lse.square() * weight).sum()
+        scale = scale.to(self.exact)
+        nll, z = (self.hidden_ND.new_zeros((), dtype=self.exact) for _ in range(2))
+        hidden_grad, weight_grad, bias_grad = (
+            torch.zeros_like(x, dtype=self.exact) if x is not None and wants else None
+            for x, wants in (
+                (self.hidden_ND, self.wants_hidden),
+                (self.weight_VD, self.wants_weight),
+                (self.bias_V, self.wants_bias),
+            )
+        )
+        for start in range(0, self.hidden_ND.shape[0], self.rows):
+            rows = slice(start, start + self.rows)
+            weight = counted_N[rows].to(self.exact)
+            logits = self._logits(self.hidden_ND[rows])
+            p = self._losses(logits, target_N[rows, None], weight, nll, z)
+            if p is None:
+                continue
+            if bias_grad is not None:
+                bias_grad.addmv_(p.t(), weight)
+            # The products run in their own type: [-1, 1] fits it, and the scale comes after.
+            logit_grad = logits.copy_(p)
+            del p
+            if hidden_grad is not None:
+                hidden_grad[rows] = (logit_grad @ self.weight_VD).to(self.exact)
+                hidden_grad[rows] *= (weight * scale).unsqueeze(1)
+            if weight_grad is not None:
+                hidden = self.hidden_ND[rows] * weight.to(self.hidden_ND.dtype).unsqueeze(1)
+                _add_product(weight_grad, logit_grad.t(), hidden)
+        for grad in (weight_grad, bias_grad):
+            if grad is not None:
+                grad.mul_(scale)
+        return nll, z, (hidden_grad, weight_grad, bias_grad)
 
-    def _products(self, rows: slice, logit_grad: Tensor, counted: Tensor) -> None:
-        """Turn the gradient of the logits into that of hidden states and weight."""
-        counted = counted.to(logit_grad.dtype).unsqueeze(1)
-        if self.hidden_grad_ND is not None:
-            out = self.hidden_grad_ND[rows]
-            torch.mm(logit_grad, self.weight_VD, out=out)
-            out.mul_(counted)
-        if self.weight_grad_VD is not None:
-            hidden = self.hidden_ND[rows] * counted
-            if self.weight_grad_VD.dtype == hidden.dtype:
-                self.weight_grad_VD.addmm_(logit_grad.t(), hidden)
-            else:
-                self.weight_grad_VD.add_(logit_grad.t() @ hidden)
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self.bias_V is None:
+            return torch.mm(hidden, self.weight_VD.t())
+        return torch.addmm(self.bias_V, hidden, self.weight_VD.t())
+
+    def _losses(
+        self, logits: Tensor, target: Tensor, weight: Tensor, nll: Tensor, z: Tensor
+    ) -> Tensor | None:
+        """Add the losses of a chunk; return the gradient of its logits, if one is wanted."""
+        x = logits.to(self.exact)
+        log_p = torch.log_softmax(x, 1)
+        negative = -log_p.gather(1, target).squeeze(1)
+        lse = x.gather(1, target).squeeze(1) + negative
+        nll += (negative * weight).sum()
+        if self.z_loss:
+            z += (lse.square() * weight).sum() * self.z_loss
+        if not (self.wants_hidden or self.wants_weight or self.wants_bias):
+            return None
+        p = log_p.exp_()
+        if self.z_loss:
+            p.mul_((1 + 2 * self.z_loss * lse).unsqueeze(1))
+        return p.scatter_add_(1, target, p.new_full((), -1.0).expand(target.shape))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add `a @ b` to a float32 (or float64) total, whatever the type of `a` and `b`."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.device.type == "cuda" and _ADDMM_TAKES_OUT_DTYPE:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(a @ b)
 
 
 def _use_liger(backend: Backend, hidden_ND: Tensor) -> bool:
