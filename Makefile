@@ -38,7 +38,7 @@ test-all: lint ## the slow tests too
 	$(BIN)/python -m pytest -n 2
 
 golden: $(STAMP) ## rewrite the golden loss curve; review the diff
-	$(BIN)/python -m tests.train.golden
+	$(BIN)/python tests/train/golden.py
 
 clean: ## remove what the demo and the tests made
 	rm -rf out data checkpoints build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

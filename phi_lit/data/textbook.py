@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
@@ -20,6 +21,7 @@ from phi_lit.data.sources import open_source
 from phi_lit.data.tokens import TokenStore, Verify
 from phi_lit.errors import UserError
 
+_COUNTED = 100_000_000
 _PROBE = "def f(x):\n    '''One  two'''\n\treturn x ** 2 # Größe 数\n"
 
 
@@ -150,6 +152,19 @@ class CodeTextbook(DataModule):
             "seed": self.seed,
             "row_length": self._row_length,
         }
+
+    def unigram_entropy(self) -> float:
+        """Return the entropy of single tokens in the training split, in nats per token.
+
+        It is the loss of the best guess that knows how often every token comes and no context: a
+        model above it has not learnt to read. Counted over the first 100 M tokens.
+        """
+        tokens = self._opened.split("train")
+        counts = np.zeros(self._opened.vocab_size, np.int64)
+        for start in range(0, min(len(tokens), _COUNTED), _COUNTED // 100):
+            counts += np.bincount(tokens[start : start + _COUNTED // 100], minlength=len(counts))
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * np.log(shares)).sum())
 
     def _loader(self, split: str, seed: int, endless: bool) -> RowLoader:
         return RowLoader(

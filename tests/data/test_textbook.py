@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from litgpt.tokenizer import Tokenizer
 
 from phi_lit.data.textbook import CodeTextbook
 from phi_lit.data.tokenizer import train_bpe
+from phi_lit.data.tokens import TokenStore
 from phi_lit.errors import UserError
 
 
@@ -206,3 +208,19 @@ def test_help_tells_every_setting(parser, capsys):
     told = " ".join(capsys.readouterr().out.split())
     for words in ("--data.sources", "Decides the order of the rows", "Cores to tokenize on"):
         assert words in told
+
+
+def test_unigram_entropy_equals_its_definition(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.txt").write_text("ab" * (number + 1) + "c")
+    data = CodeTextbook(
+        sources=[str(tmp_path / "text")], data_dir=tmp_path / "data", num_workers=1,
+        val_fraction=0.2,
+    )  # fmt: skip
+    data.connect(batch_size=1, max_seq_length=8, tokenizer_dir=tiny_tokenizer_dir)
+    data.prepare_data()
+    data.setup()
+    tokens = TokenStore.open(data._store_path).split("train")[:].tolist()
+    shares = [tokens.count(token) / len(tokens) for token in set(tokens)]
+    assert data.unigram_entropy() == pytest.approx(-sum(s * math.log(s) for s in shares))
