@@ -95,16 +95,28 @@ class CpuHead:
         z: Tensor,
     ) -> None:
         """Add the losses of a chunk; fill `buffer` (groups, rows, G) with the logits' gradient."""
-        for tile in range(rows.start, rows.stop, self.tile):
-            stop = min(tile + self.tile, rows.stop)
-            logits = product(self.hidden_ND[tile:stop], self.weight_VD, self.bias_V)
-            for start in range(tile, stop, self.few):
-                few = slice(start, min(start + self.few, stop))
-                x = logits[start - tile : few.stop - tile].to(self.exact)
-                p = self._few(x, target_N[few, None], weight_N[few], nll, z)
-                if p is not None and buffer.numel():
-                    here = buffer[:, start - rows.start : few.stop - rows.start]
-                    here.copy_(p.view(len(p), self.groups, -1).transpose(0, 1))
+        for start in range(rows.start, rows.stop, self.tile):
+            tile = slice(start, min(start + self.tile, rows.stop))
+            place = slice(tile.start - rows.start, tile.stop - rows.start)
+            self._tile(tile, target_N, weight_N, buffer[:, place], nll, z)
+
+    def _tile(
+        self,
+        tile: slice,
+        target_N: Tensor,
+        weight_N: Tensor,
+        buffer: Tensor,
+        nll: Tensor,
+        z: Tensor,
+    ) -> None:
+        """Do the same for as many rows as the allocator gives memory for without new pages."""
+        logits = product(self.hidden_ND[tile], self.weight_VD, self.bias_V)
+        targets, weights = target_N[tile, None], weight_N[tile]
+        for start in range(0, len(logits), self.few):
+            few = slice(start, start + self.few)
+            p = self._few(logits[few].to(self.exact), targets[few], weights[few], nll, z)
+            if p is not None and buffer.numel():
+                buffer[:, few].copy_(p.view(len(p), self.groups, -1).transpose(0, 1))
 
     def _few(
         self, x: Tensor, target: Tensor, weight: Tensor, nll: Tensor, z: Tensor

@@ -149,7 +149,7 @@ def _compute_dtype(hidden_ND: Tensor, weight_VD: Tensor) -> torch.dtype:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The chunked loss: forward leaves the gradients on `ctx`, backward multiplies and hands them out."""
+    """The chunked loss: forward leaves the gradients on `ctx`, backward hands them out."""
 
     @staticmethod
     def forward(
