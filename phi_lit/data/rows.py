@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from phi_lit.data.tokens import TokenArray
+from phi_lit.scramble import MASK, mix, mix_array
 
-_MASK = (1 << 64) - 1
 _ROUNDS = 8
 VAL_SEED = 0
 """The validation rows are always dealt in this order: the first ones come from all sources."""
@@ -78,33 +78,17 @@ class RowOrder:
         bits, mask = np.uint64(self._half_bits), np.uint64((1 << self._half_bits) - 1)
         left, right = places >> bits, places & mask
         for key in keys:
-            left, right = right, left ^ (_mix_array(right ^ key) & mask)
+            left, right = right, left ^ (mix_array(right ^ key) & mask)
         return (left << bits) | right
 
 
 def _round_keys(seed: int, epoch: int) -> list[np.uint64]:
-    state = _mix(_mix(seed & _MASK) ^ epoch)
+    state = mix(mix(seed & MASK) ^ epoch)
     keys = []
     for _ in range(_ROUNDS):
-        state = (state + 0x9E3779B97F4A7C15) & _MASK
-        keys.append(np.uint64(_mix(state)))
+        state = (state + 0x9E3779B97F4A7C15) & MASK
+        keys.append(np.uint64(mix(state)))
     return keys
-
-
-def _mix(x: int) -> int:
-    """Scramble 64 bits (the finalizer of splitmix64 after one step)."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
-
-
-def _mix_array(x: np.ndarray) -> np.ndarray:
-    """Do what `_mix` does, for an array of uint64 (whose arithmetic wraps around by itself)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 class _NoLength(IterableDataset):  # type: ignore[misc]

@@ -22,7 +22,7 @@ from litgpt.utils import save_config
 
 from phi_lit.data.tokenizer import load_tokenizer
 from phi_lit.errors import UserError
-from phi_lit.train import checkpoint
+from phi_lit.train import checkpoint, state
 from phi_lit.train.checkpoint import Place
 from phi_lit.train.checkpointing import apply_activation_checkpointing
 from phi_lit.train.devices import peak_for
@@ -304,7 +304,7 @@ def take_up(
     """Fill model, optimizers and loss scale from a checkpoint; returns its place."""
     model_state, optimizer_state, place = checkpoint.read_state(resume_dir, manifest)
     raw = [optimizer.optimizer for optimizer in optimizers]
-    checkpoint.scatter(unwrapped(module), raw, model_state, optimizer_state)
+    state.scatter(unwrapped(module), raw, model_state, optimizer_state)
     if place.scaler:
         fabric._precision.scaler.load_state_dict(place.scaler)  # type: ignore[attr-defined]
     fabric.print(f"resuming after step {place.step} from {resume_dir}")

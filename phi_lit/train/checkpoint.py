@@ -18,17 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from phi_lit.errors import UserError
 from phi_lit.files import PARTIAL, staged_dir, write_atomic
+from phi_lit.train.state import joined, parts_of
 
 FORMAT = 1
 MODEL_FILE = "lit_model.pth"
 STATE_FILE = "training_state.pth"
 MANIFEST = "checkpoint.json"
-WRAPPER = "gpt."
-"""What the training wrapper puts before LitGPT's parameter names; never seen in a file."""
 SHARD_FILE = "shard-{rank:05d}-of-{world:05d}.pth"
 
 
@@ -48,79 +46,6 @@ class Place:
     """State of the fp16 loss scale."""
     val_loss: float | None = None
     """Held-out loss at this step, where it was measured."""
-
-
-# ------------------------------------------------------------------------------------------ state
-
-
-def gather(
-    module: nn.Module, optimizers: list[Optimizer], *, whole: bool
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return (model state, optimizer state) by parameter name; every rank must call it.
-
-    Args:
-        module: the module in its distributed wrapper.
-        optimizers: those that step its parameters.
-        whole: gather whole tensors in host memory (on rank 0), else leave each rank its shard.
-    """
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_model_state_dict,
-        get_optimizer_state_dict,
-    )
-
-    options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
-    model_state = get_model_state_dict(module, options=options)
-    optimizer_state = get_optimizer_state_dict(module, optimizers, options=options)
-    return _renamed(model_state, optimizer_state, lambda name: name.removeprefix(WRAPPER))
-
-
-def scatter(
-    module: nn.Module,
-    optimizers: list[Optimizer],
-    model_state: dict[str, Tensor],
-    optimizer_state: dict[str, Any],
-) -> None:
-    """Put whole tensors back into the module and its optimizers, each rank taking its part."""
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    model_state, optimizer_state = _renamed(
-        model_state, optimizer_state, lambda name: WRAPPER + name
-    )
-    options = StateDictOptions(full_state_dict=True, strict=True)
-    set_model_state_dict(module, model_state, options=options)
-    set_optimizer_state_dict(module, optimizers, optimizer_state, options=options)
-
-
-def _renamed(
-    model_state: dict[str, Tensor], optimizer_state: dict[str, Any], rename: Callable[[str], str]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return both states with every parameter's name changed."""
-    if not optimizer_state:  # gathered whole: only rank 0 has it
-        return {}, {}
-    groups = [
-        {**group, "params": [rename(name) for name in group["params"]]}
-        for group in optimizer_state["param_groups"]
-    ]
-    return {rename(name): tensor for name, tensor in model_state.items()}, {
-        "state": {rename(name): values for name, values in optimizer_state["state"].items()},
-        "param_groups": groups,
-    }
-
-
-def to_host(state: Any) -> Any:
-    """Copy every tensor of a nested state into host memory of its own."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: to_host(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(to_host(value) for value in state)
-    return state
 
 
 def load_file(path: Path) -> Any:
@@ -222,7 +147,7 @@ def write_sharded(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     barrier()
-    shard = {"model": _local(model_state), "optimizer": _local(optimizer_state)}
+    shard = {"model": parts_of(model_state), "optimizer": parts_of(optimizer_state)}
     torch.save(shard, staging / SHARD_FILE.format(rank=rank, world=world))
     barrier()
     if rank == 0:
@@ -234,35 +159,6 @@ def write_sharded(
             (partial / MANIFEST).write_text(_manifest(partial, place, identity, sharded=True))
         staging.rmdir()
     barrier()
-
-
-def _local(state: Any) -> Any:
-    """Replace every sharded tensor by this rank's part of it, marked as a part."""
-    from torch.distributed.tensor import DTensor
-
-    if isinstance(state, DTensor):
-        return {"part": state.to_local().detach().cpu(), "shape": list(state.shape)}
-    if isinstance(state, Tensor):
-        return state.detach().cpu()
-    if isinstance(state, dict):
-        return {key: _local(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(_local(value) for value in state)
-    return state
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Undo `_local`: join the ranks' parts along the first dimension, where FSDP2 cuts."""
-    first = parts[0]
-    if isinstance(first, dict) and first.keys() == {"part", "shape"}:
-        tensors = [part["part"] for part in parts if part["part"].numel()]
-        whole = torch.cat(tensors) if tensors else first["part"]
-        return whole.reshape(first["shape"])
-    if isinstance(first, dict):
-        return {key: _joined([part[key] for part in parts]) for key in first}
-    if isinstance(first, list | tuple):
-        return type(first)(_joined(list(items)) for items in zip(*parts, strict=True))
-    return first
 
 
 class Background:
@@ -387,8 +283,8 @@ def read_state(
     state = load_file(directory / STATE_FILE)
     if manifest["sharded"]:
         shards = [load_file(file) for file in sorted(directory.glob("shard-*.pth"))]
-        model_state = _joined([shard["model"] for shard in shards])
-        optimizer_state = _joined([shard["optimizer"] for shard in shards])
+        model_state = joined([shard["model"] for shard in shards])
+        optimizer_state = joined([shard["optimizer"] for shard in shards])
     else:
         model_state = load_file(directory / MODEL_FILE)["model"]
         optimizer_state = state.pop("optimizer")

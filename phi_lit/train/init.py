@@ -13,6 +13,7 @@ from litgpt.model import GPT, CausalSelfAttention, LLaMAMLP
 from torch import nn
 
 from phi_lit.errors import UserError
+from phi_lit.scramble import mix
 
 STD = 0.02
 """Standard deviation of the released phi-1 config (`initializer_range`)."""
@@ -66,13 +67,9 @@ def seeded(seed: int, step: int, micro_step: int, rank: int) -> int:
     The loop reseeds torch with it before every micro-batch: dropout masks then depend on the place
     in the run and on nothing that would have to be saved, so a resumed run repeats them to the bit.
     """
-    mask = (1 << 64) - 1
     state = 0
     for value in (seed, step, micro_step, rank):
-        state = (state ^ value) + 0x9E3779B97F4A7C15 & mask
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
-        state ^= state >> 31
+        state = mix(state ^ value)
     return state >> 1
 
 

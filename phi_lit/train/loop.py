@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from phi_lit.errors import UserError
-from phi_lit.train import checkpoint
+from phi_lit.train import checkpoint, state
 from phi_lit.train.args import TrainArgs
 from phi_lit.train.checkpoint import Background, Place
 from phi_lit.train.feed import IGNORE, Feed, pair
@@ -294,7 +294,7 @@ def save(run: Run) -> None:
     raw = [getattr(optimizer, "optimizer", optimizer) for optimizer in run.optimizers]
     whole = run.train.checkpoint_format != "sharded"
     module = unwrapped(run.module)
-    model_state, optimizer_state = checkpoint.gather(module, raw, whole=whole)
+    model_state, optimizer_state = state.gather(module, raw, whole=whole)
     if not whole:
         checkpoint.write_sharded(
             directory, model_state, optimizer_state, place, run.identity, run.write_side_files,
@@ -306,8 +306,8 @@ def save(run: Run) -> None:
     if run.fabric.global_rank != 0:
         return
     if run.background is not None:
-        model_state = checkpoint.to_host(model_state)
-        optimizer_state = checkpoint.to_host(optimizer_state)
+        model_state = state.to_host(model_state)
+        optimizer_state = state.to_host(optimizer_state)
 
     def write() -> None:
         checkpoint.write_whole(

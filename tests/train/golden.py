@@ -1,7 +1,7 @@
 """The golden loss curve: phi1-test on fixed text, float32, one thread, one seed.
 
-`make golden` rewrites golden.csv; its diff is reviewed like code. The text is made here from numbers, so
-that it does not change with Python's version, and only arithmetic can move the curve.
+`make golden` rewrites golden.csv; its diff is reviewed like code. The text is made here from
+numbers, so that it does not change with Python's version, and only arithmetic can move the curve.
 """
 
 import csv

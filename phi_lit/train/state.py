@@ -1,0 +1,115 @@
+"""The state of a training, by parameter name: gathered from its ranks, and put back into them.
+
+Whole tensors mean the same on any number of ranks. Where they are too large to gather, each rank's
+part is kept with the shape of the whole, and the parts are joined when they are read. Names are
+LitGPT's: what the training wrapper puts before them never reaches a file.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+WRAPPER = "gpt."
+"""What `LossModel` puts before LitGPT's parameter names."""
+
+
+def gather(
+    module: nn.Module, optimizers: list[Optimizer], *, whole: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (model state, optimizer state) by parameter name; every rank must call it.
+
+    Args:
+        module: the module in its distributed wrapper.
+        optimizers: those that step its parameters.
+        whole: gather whole tensors in host memory (on rank 0), else leave each rank its shard.
+    """
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
+    model_state = get_model_state_dict(module, options=options)
+    optimizer_state = get_optimizer_state_dict(module, optimizers, options=options)
+    return _renamed(model_state, optimizer_state, lambda name: name.removeprefix(WRAPPER))
+
+
+def scatter(
+    module: nn.Module,
+    optimizers: list[Optimizer],
+    model_state: dict[str, Tensor],
+    optimizer_state: dict[str, Any],
+) -> None:
+    """Put whole tensors back into the module and its optimizers, each rank taking its part."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    model_state, optimizer_state = _renamed(
+        model_state, optimizer_state, lambda name: WRAPPER + name
+    )
+    options = StateDictOptions(full_state_dict=True, strict=True)
+    set_model_state_dict(module, model_state, options=options)
+    set_optimizer_state_dict(module, optimizers, optimizer_state, options=options)
+
+
+def _renamed(
+    model_state: dict[str, Tensor], optimizer_state: dict[str, Any], rename: Callable[[str], str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return both states with every parameter's name changed."""
+    if not optimizer_state:  # gathered whole: only rank 0 has it
+        return {}, {}
+    groups = [
+        {**group, "params": [rename(name) for name in group["params"]]}
+        for group in optimizer_state["param_groups"]
+    ]
+    return {rename(name): tensor for name, tensor in model_state.items()}, {
+        "state": {rename(name): values for name, values in optimizer_state["state"].items()},
+        "param_groups": groups,
+    }
+
+
+def to_host(state: Any) -> Any:
+    """Copy every tensor of a nested state into host memory of its own."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: to_host(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(to_host(value) for value in state)
+    return state
+
+
+def parts_of(state: Any) -> Any:
+    """Replace every sharded tensor by this rank's part of it, marked as a part."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(state, DTensor):
+        return {"part": state.to_local().detach().cpu(), "shape": list(state.shape)}
+    if isinstance(state, Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        return {key: parts_of(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(parts_of(value) for value in state)
+    return state
+
+
+def joined(parts: list[Any]) -> Any:
+    """Undo `parts_of`: join the ranks' parts along the first dimension, where FSDP2 cuts."""
+    first = parts[0]
+    if isinstance(first, dict) and first.keys() == {"part", "shape"}:
+        tensors = [part["part"] for part in parts if part["part"].numel()]
+        whole = torch.cat(tensors) if tensors else first["part"]
+        return whole.reshape(first["shape"])
+    if isinstance(first, dict):
+        return {key: joined([part[key] for part in parts]) for key in first}
+    if isinstance(first, list | tuple):
+        return type(first)(joined(list(items)) for items in zip(*parts, strict=True))
+    return first
