@@ -1,11 +1,11 @@
 """Tokenizing on all cores: text goes out to threads and processes, ids come back in order.
 
-Threads are enough at first, because the engines let go of Python's lock while they encode. For a
-large corpus worker processes join them, so that the little that needs the lock does not hold up
-many cores. The workers are plain `python` children that load nothing but the tokenizer, over pipes.
-(A `multiprocessing` pool would import the main program again in each: with `litgpt` that is seconds
-of torch before the first token; a fork would copy its threads' locks.) They end when their pipe
-does, so a killed parent leaves none behind.
+A few threads are enough for a few cores, because the engines let go of Python's lock while they
+encode. On many cores the little that needs the lock would hold them up: there, and for a corpus
+large enough to pay for their start, worker processes do the work. They are plain `python` children
+that load nothing but the tokenizer, over pipes. (A `multiprocessing` pool would import the main
+program again in each: with `litgpt` that is seconds of torch before the first token; a fork would
+copy its threads' locks.) They end when their pipe does, so a killed parent leaves none behind.
 """
 
 import contextlib
@@ -49,13 +49,15 @@ def encode_documents(tokenizer: "TextTokenizer", texts: list[str], dtype: np.dty
 
 
 class Encoders:
-    """Encodes on `workers` threads, each with a process to ask once there is much to do.
+    """Encodes on `workers` threads, each with a process to ask where there is much to do.
 
     A context manager; `submit` returns a future, and at most `ahead` of them should be left open.
     """
 
+    THREADS_ENOUGH = 4
+    """Up to so many workers, no processes are started: Python's lock is free most of the time."""
     WARM_UP = 64
-    """Submissions before processes are started: a smaller corpus is done before they would be."""
+    """Submissions before they are: a smaller corpus is done before they would be ready."""
 
     def __init__(self, tokenizer: "TextTokenizer", dtype: np.dtype[Any], workers: int) -> None:
         self._tokenizer, self._dtype = tokenizer, dtype
@@ -70,7 +72,7 @@ class Encoders:
     def submit(self, texts: list[str]) -> "Future[Encoded]":
         """Encode documents some time soon."""
         self._submitted += 1
-        if self.workers > 1 and self._submitted == self.WARM_UP:
+        if self.workers > self.THREADS_ENOUGH and self._submitted == self.WARM_UP:
             for _ in range(self.workers):
                 self._start_child()
         return self._threads.submit(self._encode, texts)

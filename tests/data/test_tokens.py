@@ -169,9 +169,13 @@ def test_held_out_documents_are_never_repeated(corpus, build):
 # ----------------------------------------------------------------------------------- determinism
 
 
-def test_the_bytes_are_the_same_for_any_number_of_processes(corpus, build, tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [False, True])
+def test_the_bytes_are_the_same_for_any_number_of_workers(
+    corpus, build, tmp_path, monkeypatch, processes
+):
     monkeypatch.setattr("phi_lit.data.stream.CHUNK_BYTES", 500)
     monkeypatch.setattr(Encoders, "WARM_UP", 2)
+    monkeypatch.setattr(Encoders, "THREADS_ENOUGH", 1 if processes else 9)
     stores = [
         build(corpus, num_workers=n, data_dir=tmp_path / str(n), shard_tokens=2000)
         for n in (1, 2, 3)
@@ -185,6 +189,7 @@ def test_the_bytes_are_the_same_for_any_number_of_processes(corpus, build, tmp_p
 def two_children(tiny_tokenizer_dir, monkeypatch):
     """Encoders whose two child processes are ready."""
     monkeypatch.setattr(Encoders, "WARM_UP", 1)
+    monkeypatch.setattr(Encoders, "THREADS_ENOUGH", 1)
     with Encoders(load_tokenizer(tiny_tokenizer_dir), token_dtype(257), 2) as encoders:
         encoders.submit(["start them"])
         for thread in encoders._starting:
@@ -297,7 +302,7 @@ from pathlib import Path
 from phi_lit.data import encoders, stream
 from phi_lit.data.sources import open_source
 from phi_lit.data.tokens import TokenStore
-stream.CHUNK_BYTES, encoders.Encoders.WARM_UP = 500, 4
+stream.CHUNK_BYTES, encoders.Encoders.WARM_UP, encoders.Encoders.THREADS_ENOUGH = 500, 4, 1
 slow = encoders.encode_documents
 def encode(*args):
     time.sleep(float(sys.argv[4]))
