@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Checkpointing = Literal["none", "selective", "full"]
 
+_CPU_TILE, _CPU_ROWS = 24 << 20, 4 << 20
+"""What `head_cpu.py` holds beside its buffer: a tile of logits, and some rows of it in float32."""
+
 _GATHERED_BLOCKS = 3
 """Blocks that FSDP holds whole at a time: the one at work, the next one, its gather buffer."""
 
@@ -436,11 +439,14 @@ def _loss(config: "Config", layout: Layout) -> tuple[float, float, float]:
     s = layout.compute_bytes
     if not layout.fused_loss:  # float32 log-probabilities stay; the rest passes
         return 4.0 * n * v, 0.0, float(n * v * (8 if s == 4 else s + 8))
-    from phi_lit.train.loss import _CACHED_BYTES, chunk_rows
+    from phi_lit.train.loss import chunk_rows
 
     rows = min(chunk_rows(v, layout.device), n)
-    softmax_rows = min(rows, max(1, _CACHED_BYTES // (4 * v))) if layout.device == "cpu" else rows
-    product = 0 if s == 4 else v * d * s
-    copy = v * d * s if layout.mixed else 0  # the head's weight in half precision
-    chunk = copy + rows * v * s + max(2.0 * softmax_rows * v * 4, rows * d * s + product)
-    return float(n * d * s), 4.0 * v * d, chunk
+    copies = (n + v) * d * s if layout.mixed else 0  # hidden states and weight, in half precision
+    weight_grad = 4.0 * v * d
+    if layout.device == "cpu":  # at the end of `head_cpu.py` the weight's gradient is there twice
+        tiles = min(_CPU_TILE, 4 * rows * v) * s / 4 + (0 if s == 4 else _CPU_ROWS)
+        chunk = copies + max(rows * v * s + tiles, weight_grad)
+    else:
+        chunk = copies + rows * v * (s + 4 + (4 if s < 4 else 0))
+    return 4.0 * n * d, weight_grad, float(chunk)

@@ -66,7 +66,7 @@ def test_all_sides_compute_the_same_loss(gpu, one_thread):
         with torch.no_grad():  # a uniform guess, whatever the parameters' names
             for parameter in module.parameters():
                 parameter.zero_()
-        losses[side] = float(loss_of(inputs, targets))
+        losses[side] = loss_of(inputs, targets).item()
     assert losses == pytest.approx(dict.fromkeys(gpu.BUILDERS, torch.tensor(512.0).log().item()))
 
 

@@ -186,7 +186,7 @@ def plan_check():
     ],
     ids=lambda changes: ", ".join(f"{k}={v}" for k, v in changes.items()) or "plain",
 )
-def test_predicted_memory_is_what_a_step_allocates(plan_check, changes):
+def test_predicted_memory_is_what_a_step_allocates(plan_check, changes, one_thread):
     config = Config(**dict(MODELS["phi1-nano"], n_layer=3))
     layout = replace(plan_check.BASE, micro_batch=2, seq_length=128, **changes)
     measured, predicted = plan_check.measure(config, layout), memory.predict(config, layout)
