@@ -406,8 +406,8 @@ def describe(run: Plan) -> str:
     world = run.devices * run.num_nodes
     lines = {
         "parameters": f"{run.parameters:,}{active}",
-        "FLOPs per token": f"{run.flops_per_token_6n / 1e9:.2f} G (6N), "
-        f"{run.flops_per_token_6n_12ldt / 1e9:.2f} G (6N + 12LdT)",
+        "FLOPs per token": f"{run.flops_per_token_6n / 1e9:.3g} G (6N), "
+        f"{run.flops_per_token_6n_12ldt / 1e9:.3g} G (6N + 12LdT)",
         "step": f"{run.rows_per_step:,} rows x {layout.seq_length:,} tokens = "
         f"{run.rows_per_step * layout.seq_length:,} tokens: {world} x {layout.micro_batch} rows x "
         f"{run.accumulate} micro-batches",
