@@ -1,4 +1,5 @@
-"""The most fragile promise: after an install, plain `litgpt` knows us. Wheel, sdist and editable.
+"""The most fragile promise: after an install, plain `litgpt` knows us. A wheel built from the sdist,
+and an editable install.
 
 Each kind is installed into a new virtual environment that sees the dependencies of this one (links
 to everything in its site-packages but phi_lit) and nothing of the checkout.
@@ -66,7 +67,8 @@ def new_environment(tmp_path_factory, dependencies):
     def make(name: str) -> Path:
         home = tmp_path_factory.mktemp(name)
         run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home)
-        packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(home)}))
+        ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        packages = Path(run(home / "bin" / "python", "-c", ask, cwd=home).strip())
         (packages / "dependencies.pth").write_text(f"{dependencies}\n", encoding="utf-8")
         script = home / "bin" / "litgpt"
         lines = (Path(sys.executable).parent / "litgpt").read_text(encoding="utf-8").splitlines()

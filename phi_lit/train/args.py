@@ -5,6 +5,7 @@ tells a config that is meant for LitGPT's own loop from one that is meant for ou
 under a field is its text in `--help`.
 """
 
+import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -83,6 +84,13 @@ class TrainArgs(LitGPTTrainArgs):
             value = getattr(self, name)
             if isinstance(value, int | float) and value <= 0:
                 faults.append(f"train.{name} is {value}; it must be above zero")
+        for step, name in (self.name_steps or {}).items():
+            taken = name in ("latest", "best", "final", "logs") or name.startswith("step-")
+            if taken or not re.fullmatch(r"\w[\w.-]*", name):
+                faults.append(
+                    f"train.name_steps calls step {step} {name!r}; a name is letters, digits, '.', "
+                    "'_' and '-', and none of latest, best, final, logs or step-..."
+                )
         if self.z_loss is not None and self.z_loss < 0:
             faults.append(f"train.z_loss is {self.z_loss}; it must not be negative")
         return faults

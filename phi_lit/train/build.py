@@ -32,7 +32,7 @@ from phi_lit.train.flops import count_parameters, flops_per_token_6n_12ldt
 from phi_lit.train.init import initialize
 from phi_lit.train.job import Job, Machine, plain
 from phi_lit.train.loop import Course, Run, unwrapped
-from phi_lit.train.microbatch import largest_micro_batch
+from phi_lit.train.microbatch import largest_micro_batch, refuse_what_cannot_fit
 from phi_lit.train.model import LossModel, compile_blocks
 from phi_lit.train.monitor import Monitor
 from phi_lit.train.optim import build_optimizer, parse_optimizer
@@ -54,9 +54,11 @@ USUAL_MFU = 0.3
 
 def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
     """Prepare the data, build and place the model, and take up a saved state if asked."""
-    connect_data(job, fabric, micro_batch=1)
+    given = job.train.micro_batch_size
+    refuse_what_cannot_fit(job, machine, 1 if given == "auto" else given)
+    prepare_data(job, fabric)
     course = plan_course(job, make_job_feed(job, fabric, 1).rows_per_epoch)
-    resume_dir = checkpoint.find_resume(job.arguments["resume"], out_dir, fabric.print)
+    resume_dir = find_checkpoint(job, fabric, out_dir)
     manifest = checkpoint.read_manifest(resume_dir) if resume_dir else None
     identity = describe(job, machine, course)
     if manifest is not None:
@@ -65,16 +67,17 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
     model = build_model(job, first_weights=resume_dir is None)
     micro_batch = choose_micro_batch(job, machine, fabric, model, resume_dir)
     course = plan_course(job, course.rows_per_epoch, micro_batch * fabric.world_size)
-    if should_compile(job, machine, course):
+    compiled = decide_compile(job, machine, fabric, course, resume_dir)
+    if compiled:
         compile_blocks(model.gpt)
     module, optimizers = place_model(job, fabric, model)
     peaks = [[group["lr"] for group in each.param_groups] for each in optimizers]
-    place = Place(micro_batch_size=micro_batch)
+    place = Place()
     if resume_dir is not None and manifest is not None:
         place = take_up(resume_dir, manifest, fabric, module, optimizers)
-        place.micro_batch_size = micro_batch
+    place.micro_batch_size, place.compiled = micro_batch, compiled
 
-    connect_data(job, fabric, micro_batch=micro_batch)
+    connect_data(job, micro_batch)
     feed = make_job_feed(job, fabric, micro_batch)
     feed.seek(place.rows)
     peak = peak_for(fabric.device, arithmetic_of(machine.precision))
@@ -103,16 +106,33 @@ def arithmetic_of(precision: str) -> torch.dtype:
 # -------------------------------------------------------------------------------------------- data
 
 
-def connect_data(job: Job, fabric: Fabric, *, micro_batch: int) -> None:
-    """Let the data module know the tokenizer and shapes, and prepare it on rank 0 first."""
+def prepare_data(job: Job, fabric: Fabric) -> None:
+    """Let the data module prepare itself, on rank 0 first, and hold its ids against the model."""
+    tell_data(job, 1)
+    with fabric.rank_zero_first():
+        job.data.prepare_data()
+    job.data.setup()
+    room, ids = job.config.padded_vocab_size or 0, getattr(job.data, "vocab_size", 0)
+    if ids > room:
+        raise UserError(
+            f"the data have {ids:,} ids, {job.config.name} has room for {room:,}; choose another "
+            "tokenizer_dir or model"
+        )
+
+
+def connect_data(job: Job, micro_batch: int) -> None:
+    """Let prepared data know how many rows are taken at a time."""
+    tell_data(job, micro_batch)
+    job.data.setup()
+
+
+def tell_data(job: Job, micro_batch: int) -> None:
+    """Tell the data module the tokenizer and the shapes."""
     tokenizer = Tokenizer(job.tokenizer_dir) if job.tokenizer_dir else None
     extra = {"tokenizer_dir": job.tokenizer_dir} if hasattr(job.data, "tokenizer_dir") else {}
     job.data.connect(
         tokenizer=tokenizer, batch_size=micro_batch, max_seq_length=job.length, **extra
     )
-    with fabric.rank_zero_first():
-        job.data.prepare_data()
-    job.data.setup()
 
 
 def make_job_feed(job: Job, fabric: Fabric, micro_batch: int) -> Feed:
@@ -172,6 +192,17 @@ def plan_course(
     )
 
 
+def find_checkpoint(job: Job, fabric: Fabric, out_dir: Path) -> Path | None:
+    """Return the checkpoint to resume from, the same on every rank, or None."""
+    found = checkpoint.find_resume(job.arguments["resume"], out_dir, fabric.print)
+    if fabric.world_size > 1:
+        found = fabric.broadcast(found)
+    step = checkpoint.read_manifest(found)["step"] if found else 0
+    if fabric.global_rank == 0:
+        checkpoint.refuse_later_steps(out_dir, step)
+    return found
+
+
 def describe(job: Job, machine: Machine, course: Course) -> dict[str, Any]:
     """Return what a resumed run must match, as plain JSON: model, data, batch, recipe.
 
@@ -193,6 +224,7 @@ def describe(job: Job, machine: Machine, course: Course) -> dict[str, Any]:
         },
         "loss": {"z_loss": train.z_loss, "max_norm": train.max_norm},
         "weight_decay_on": train.weight_decay_on,
+        "tie_embeddings": bool(train.tie_embeddings),
         "dropout": {"attention": train.attention_dropout, "residual": train.residual_dropout},
         "precision": machine.precision,
         "seed": job.arguments["seed"],
@@ -255,6 +287,16 @@ def choose_micro_batch(
     return chosen
 
 
+def decide_compile(
+    job: Job, machine: Machine, fabric: Fabric, course: Course, resume_dir: Path | None
+) -> bool:
+    """Decide once for all ranks and all sessions of a run: compiled code rounds differently."""
+    if (job.train.compile or "auto") == "auto" and resume_dir is not None:
+        return bool(checkpoint.load_file(resume_dir / checkpoint.STATE_FILE)["compiled"])
+    decided = should_compile(job, machine, course)
+    return fabric.broadcast(decided) if fabric.world_size > 1 else decided
+
+
 def should_compile(job: Job, machine: Machine, course: Course) -> bool:
     """Tell whether to compile the blocks: as asked, or where the run is long enough to pay.
 
@@ -266,6 +308,13 @@ def should_compile(job: Job, machine: Machine, course: Course) -> bool:
     if mode == "on" and not compiler:
         need = "a C++ compiler (g++)" if machine.kind == "cpu" else "the package triton"
         raise UserError(f"train.compile is on, but torch.compile needs {need} here")
+    if machine.kind == "cpu" and machine.precision == "bf16-true":
+        if mode == "on":
+            raise UserError(
+                "train.compile is on, but torch.compile builds no working code for bf16-true on a "
+                "CPU; use bf16-mixed, or leave train.compile off"
+            )
+        return False
     if mode != "auto" or not compiler:
         return mode == "on"
     if machine.kind == "cuda":
@@ -305,9 +354,26 @@ def take_up(
     """Fill model, optimizers and loss scale from a checkpoint; returns its place."""
     model_state, optimizer_state, place = checkpoint.read_state(resume_dir, manifest)
     raw = [optimizer.optimizer for optimizer in optimizers]
-    state.scatter(unwrapped(module), raw, model_state, optimizer_state)
-    if place.scaler:
-        fabric._precision.scaler.load_state_dict(place.scaler)  # type: ignore[attr-defined]
+    wanted = [
+        [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in each.param_groups
+        ]
+        for each in raw
+    ]
+    try:
+        state.scatter(unwrapped(module), raw, model_state, optimizer_state)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(
+            f"the state in {resume_dir} does not fit this model and optimizer "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    for each, groups in zip(raw, wanted, strict=True):
+        for group, settings in zip(each.param_groups, groups, strict=True):
+            group.update(settings)  # the config's: they may have been changed on purpose
+    scaler = getattr(fabric._precision, "scaler", None)
+    if place.scaler and scaler is not None:
+        scaler.load_state_dict(place.scaler)
     fabric.print(f"resuming after step {place.step} from {resume_dir}")
     return place
 
@@ -339,6 +405,8 @@ def sampler(job: Job, fabric: Fabric, model: LossModel) -> Callable[[], str] | N
     if prompt is None or job.tokenizer_dir is None or fabric.world_size > 1:
         return None
     tokenizer = Tokenizer(job.tokenizer_dir)
+    if len(tokenizer.encode(prompt)) >= job.length:
+        raise UserError(f"train.sample_prompt is longer than a row of {job.length} tokens")
     return lambda: sample_text(model.gpt, tokenizer, prompt, fabric.device)
 
 

@@ -7,6 +7,7 @@ renamed; `latest` is linked last. State is kept by parameter name and in whole t
 number of ranks can resume what any other number saved.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -42,10 +43,26 @@ class Place:
     """Steps left out because their loss was not finite."""
     micro_batch_size: int = 0
     """Rows per forward pass, as resolved when `auto` was asked for."""
+    compiled: bool = False
+    """Whether the blocks run compiled, as decided when `auto` was asked for."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """State of the fp16 loss scale."""
     val_loss: float | None = None
     """Held-out loss at this step, where it was measured."""
+
+
+def save_file(content: Any, path: Path) -> None:
+    """Write tensors and plain values.
+
+    Raises:
+        OSError: the disk refuses (torch alone says so as a RuntimeError without its number).
+    """
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            file.flush()  # raises what the disk said, if that was it
+            raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from error
 
 
 def load_file(path: Path) -> Any:
@@ -123,8 +140,8 @@ def write_whole(
 ) -> None:
     """Write a checkpoint of whole tensors; called on rank 0 only."""
     with staged_dir(directory) as partial:
-        torch.save({"model": model_state}, partial / MODEL_FILE)
-        torch.save({"optimizer": optimizer_state, **vars(place)}, partial / STATE_FILE)
+        save_file({"model": model_state}, partial / MODEL_FILE)
+        save_file({"optimizer": optimizer_state, **vars(place)}, partial / STATE_FILE)
         write_side_files(partial)
         (partial / MANIFEST).write_text(_manifest(partial, place, identity, sharded=False))
 
@@ -148,13 +165,13 @@ def write_sharded(
         staging.mkdir(parents=True)
     barrier()
     shard = {"model": parts_of(model_state), "optimizer": parts_of(optimizer_state)}
-    torch.save(shard, staging / SHARD_FILE.format(rank=rank, world=world))
+    save_file(shard, staging / SHARD_FILE.format(rank=rank, world=world))
     barrier()
     if rank == 0:
         with staged_dir(directory) as partial:
             for file in staging.iterdir():
                 os.rename(file, partial / file.name)
-            torch.save(vars(place), partial / STATE_FILE)
+            save_file(vars(place), partial / STATE_FILE)
             write_side_files(partial)
             (partial / MANIFEST).write_text(_manifest(partial, place, identity, sharded=True))
         staging.rmdir()
@@ -305,8 +322,34 @@ def link(out_dir: Path, name: str, target: Path) -> None:
         ) from error
 
 
+def refuse_later_steps(out_dir: Path, step: int) -> None:
+    """Raise a `UserError` if `out_dir` holds checkpoints of later steps than this run starts from.
+
+    They would be another run's: this one's newest would be pruned before them, and the next resume
+    would take them for its own.
+    """
+    later = [path for number, path in step_dirs(out_dir) if number > step and is_whole(path)]
+    if later:
+        raise UserError(
+            f"{out_dir} holds checkpoints beyond step {step}, where this run starts (up to "
+            f"{later[0].name}); resume from them (--resume auto), remove them, or choose another "
+            "out_dir"
+        )
+
+
+def is_whole(directory: Path) -> bool:
+    """Tell whether a directory is a whole checkpoint of this loop."""
+    try:
+        read_manifest(directory)
+    except UserError:
+        return False
+    return True
+
+
 def prune(out_dir: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` checkpoints and those that a link points at."""
+    for leftover in out_dir.glob(f".step-*{PARTIAL}removed"):  # of a run killed while pruning
+        shutil.rmtree(leftover, ignore_errors=True)
     kept = {
         (out_dir / os.readlink(path)).name
         for path in out_dir.iterdir()
@@ -356,7 +399,7 @@ def consolidate(checkpoint_dir: Path) -> None:
         return
     model_state, _, place = read_state(checkpoint_dir, manifest)
     with staged_dir(checkpoint_dir / "joined") as partial:
-        torch.save({"model": model_state}, partial / MODEL_FILE)
+        save_file({"model": model_state}, partial / MODEL_FILE)
     os.replace(checkpoint_dir / "joined" / MODEL_FILE, checkpoint_dir / MODEL_FILE)
     (checkpoint_dir / "joined").rmdir()
     write_atomic(

@@ -80,6 +80,10 @@ def plain(value: Any) -> Any:
         }
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
+    if type(value).__str__ is object.__str__ and type(value).__repr__ is object.__repr__:
+        # Such as a prompt style: an address in memory would differ in every process.
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        return {"class_path": kind, "init_args": plain(vars(value))}
     return str(value)
 
 

@@ -18,6 +18,7 @@ from litgpt.utils import (
     parse_devices,
 )
 
+from phi_lit.data.codegen import CODEGEN_FINGERPRINT
 from phi_lit.data.tokenizer import load_tokenizer
 from phi_lit.files import disk_errors
 from phi_lit.registry import VOCABULARY
@@ -27,7 +28,7 @@ from phi_lit.train.build import build
 from phi_lit.train.job import Job, Machine, flat, plain
 from phi_lit.train.loop import Run, Stopped, fit, is_due, validate
 from phi_lit.train.monitor import memory, read_record
-from phi_lit.train.optim import parse_optimizer
+from phi_lit.train.optim import MATRICES_ONLY, parse_optimizer
 from phi_lit.train.strategy import check_precision, check_strategy, make_strategy
 
 
@@ -102,27 +103,35 @@ def check(job: Job, machine: Machine) -> None:
     if train.async_save and train.checkpoint_format == "sharded":
         faults.append("train.async_save writes whole tensors; leave out checkpoint_format: sharded")
     faults += _vocabulary_faults(job)
-    parse_optimizer(arguments["optimizer"])
+    optimizer, _ = parse_optimizer(arguments["optimizer"])
+    fp16 = machine.precision == "16-mixed"
+    if fp16 and optimizer.__name__ in MATRICES_ONLY:
+        faults.append(f"{optimizer.__name__} needs whole gradients of one scale; use bf16-mixed")
+    if fp16 and machine.world > 1 and train.checkpoint_format == "sharded":
+        faults.append("train.checkpoint_format: sharded needs FSDP2, which has no 16-mixed")
     raise_together(faults)
 
 
 def _vocabulary_faults(job: Job) -> list[str]:
     """Hold the tokenizer against the model: ids must fit, and phi-1 means codegen's."""
     if job.tokenizer_dir is None:
+        job.tokenizer_dir = _existing(getattr(job.data, "tokenizer_dir", None))
+    if job.tokenizer_dir is None:
         return []
     tokenizer = load_tokenizer(job.tokenizer_dir)
     name, room = job.config.name, job.config.padded_vocab_size or 0
     promised = VOCABULARY.get(name)
+    promised_is_kept = promised is None or tokenizer.fingerprint == CODEGEN_FINGERPRINT
     if tokenizer.vocab_size > room:
         return [
             f"the tokenizer {job.tokenizer_dir} has {tokenizer.vocab_size:,} ids, {name} has room "
             f"for {room:,}; choose another tokenizer_dir or model"
         ]
-    if promised is not None and tokenizer.vocab_size != promised:
+    if not promised_is_kept:
         return [
             f"{name} means codegen's vocabulary of {promised:,} ids, the tokenizer "
-            f"{job.tokenizer_dir} has {tokenizer.vocab_size:,}; make codegen's with `phi-lit "
-            "tokenizer codegen`, or choose a model with a vocabulary of its own (phi1-nano)"
+            f"{job.tokenizer_dir} is another one, of {tokenizer.vocab_size:,}; make it with "
+            "`phi-lit tokenizer codegen`, or choose a model with a vocabulary of its own (phi1-nano)"
         ]
     return []
 
@@ -165,6 +174,8 @@ def _train(job: Job, run: Run) -> None:
         validate(run)
     if fabric.global_rank == 0:
         last = run.out_dir / f"step-{run.place.step:08d}"
+        if checkpoint.read_manifest(last)["sharded"]:
+            checkpoint.consolidate(last)
         checkpoint.copy_as_final(last, run.out_dir / "final")
         run.monitor.close()
         _summarize(job, run)

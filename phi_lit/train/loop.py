@@ -133,8 +133,8 @@ def fit(run: Run) -> None:
                 saved_at = run.place.step
             if stop and run.place.step < run.course.steps:
                 finish_saving(run)
-                reason = asked[0] if asked else f"max_time of {run.train.max_time:g} s"
-                raise Stopped(reason)
+                reason = f"max_time of {run.train.max_time:g} s" if out_of_time else "another rank"
+                raise Stopped(asked[0] if asked else reason)
         if saved_at != run.place.step:
             save(run)
         finish_saving(run)
@@ -198,11 +198,14 @@ def _reduce(fabric: Fabric, loss: Tensor, stop: bool) -> tuple[float, bool]:
 
 
 def _clip(run: Run) -> float:
-    """Clip the gradients to `max_norm` and return their norm before."""
+    """Clip the gradients of all optimizers to `max_norm`; returns their norm before."""
     limit = run.train.max_norm if run.train.max_norm is not None else math.inf
-    norm = run.fabric.clip_gradients(
-        run.module, run.optimizers[0], max_norm=limit, error_if_nonfinite=False
-    )
+    if len(run.optimizers) == 1:
+        norm = run.fabric.clip_gradients(
+            run.module, run.optimizers[0], max_norm=limit, error_if_nonfinite=False
+        )
+    else:  # Fabric clips one optimizer's parameters at a time, which would be another norm
+        norm = nn.utils.clip_grad_norm_(run.module.parameters(), limit)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return float(norm)
 
@@ -227,7 +230,8 @@ def _handle_bad(run: Run, loss: float, norm: float) -> None:
         run.monitor.say(f"{what}: step skipped ({run.place.skipped} so far)")
         return
     finish_saving(run)
-    good = next((path for _, path in checkpoint.step_dirs(run.out_dir)), None)
+    steps = checkpoint.step_dirs(run.out_dir)
+    good = next((path for step, path in steps if step <= run.place.step), None)
     where = f"the last good checkpoint is {good}" if good else "no checkpoint was saved yet"
     raise UserError(
         f"{what}: training has diverged; {where}. Lower the learning rate, lengthen the warm-up, "
@@ -266,9 +270,9 @@ def validate(run: Run) -> float:
             break  # the same rows on any number of ranks
         inputs, targets = pair(batch)
         count = int((targets != IGNORE).sum())
-        if count:
-            loss = run.module(fabric.to_device(inputs), fabric.to_device(targets))
-            sums += torch.stack([loss.double() * count, loss.new_tensor(count).double()])
+        # Even a batch without a target runs: the other ranks' shards are gathered in the forward.
+        loss = run.module(fabric.to_device(inputs), fabric.to_device(targets))
+        sums += torch.stack([loss.double() * count, loss.new_tensor(count).double()])
     if fabric.world_size > 1:
         sums = fabric.all_reduce(sums, reduce_op="sum")
     run.module.train()

@@ -18,6 +18,26 @@ from phi_lit.train.model import LossModel
 ROOM = 0.9
 """Share of the memory that is used: fragmentation and the data take the rest."""
 
+CERTAIN = 1.2
+"""A step is refused where its predicted memory is this many times what is there: predictions are
+within 10 % for phi's kind of model, and estimates for others."""
+
+
+def refuse_what_cannot_fit(job: Job, machine: Machine, rows: int) -> None:
+    """Raise a `UserError` if a step of `rows` rows per forward pass is certain not to fit."""
+    if machine.kind == "cuda":
+        room: float = torch.cuda.get_device_properties(0).total_memory
+    else:
+        room = psutil.virtual_memory().available / machine.devices
+    need = predict_memory(job, machine, rows).total
+    if need > CERTAIN * room:
+        raise UserError(
+            f"a step of {rows} rows of {job.length} tokens of {job.config.name} needs about "
+            f"{need / 1e9:,.1f} GB on each device, and {room / 1e9:,.1f} GB are there; lower "
+            "train.micro_batch_size, set train.activation_checkpointing, or use strategy: fsdp on "
+            "more devices (`phi-lit plan` shows the parts)"
+        )
+
 
 def largest_micro_batch(job: Job, machine: Machine, fabric: Fabric, model: LossModel) -> int:
     """Return the largest number of rows that divides this rank's share of a step and fits.

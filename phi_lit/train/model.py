@@ -65,6 +65,8 @@ class LossModel(nn.Module):
     ) -> Tensor:
         """Return the loss of predicting `targets` (B, T) from `idx` (B, T), both int64 ids.
 
+        In evaluation it is the cross-entropy alone, without the z-loss.
+
         `denominator` replaces the number of counted targets; see `linear_cross_entropy`. Details
         of the loss are left in `figures`.
         """
@@ -86,7 +88,7 @@ class LossModel(nn.Module):
         else:
             result = plain_loss(self.gpt(idx).flatten(0, 1), targets.reshape(-1), **options)
         self.figures = HeadLoss(*(figure.detach() for figure in result))
-        return result.loss
+        return result.loss if self.training else result.cross_entropy
 
     def _hidden(self, idx: Tensor) -> Tensor:
         """Run the model up to and without its head: (B, T, D)."""

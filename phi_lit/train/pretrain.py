@@ -16,6 +16,7 @@ from litgpt.data import DataModule
 from litgpt.prompts import Default
 from litgpt.types import LoggerChoice
 
+from phi_lit.errors import UserError
 from phi_lit.train.args import Sharding, Strategy, TrainArgs, asks_for_ours
 
 Precision = Literal["bf16-true", "bf16-mixed", "32-true", "16-mixed", None]
@@ -78,9 +79,9 @@ def setup(
             module require this.
         logger_name: The name of the logger to send metrics to.
         seed: The random seed to use for reproducibility.
-        strategy: How several devices share the work: auto (fsdp where there are several), ddp (a copy each), fsdp
-            (parameters sharded) or deepspeed.
-        sharding: What fsdp and deepspeed shard: full (all), grad_op (parameters stay whole between forward and
+        strategy: How several devices share the work: auto (fsdp where there are several), ddp (a copy each) or fsdp
+            (parameters sharded).
+        sharding: What fsdp shards: full (all), grad_op (parameters stay whole between forward and
             backward), hybrid (full within a node, a copy per node).
         cpu_offload: Keep sharded parameters and optimizer state in host memory.
     """  # noqa: E501 (LitGPT's own lines, so that --help reads the same)
@@ -91,6 +92,7 @@ def setup(
         run_stock(stock("litgpt.pretrain.setup"), arguments)
         return
     config = model_config or Config.from_name(model_name)  # an unknown name is answered here
+    refuse_two_models(model_name, model_config)
     if not _is_ours(config, arguments):
         run_stock(stock("litgpt.pretrain.setup"), arguments)
         return
@@ -112,6 +114,23 @@ def setup(
             arguments=arguments,
         )
     )
+
+
+def refuse_two_models(model_name: str, model_config: Config | None) -> None:
+    """Raise if a model of ours is named and another one is described beside it.
+
+    LitGPT lets `--model_config.n_layer 2` replace the named model by a nameless one of 4,096 wide.
+    """
+    from phi_lit.registry import MODELS
+
+    short = model_name.rpartition("/")[2]
+    if model_config is not None and short in MODELS and model_config.name != short:
+        raise UserError(
+            f"model_name {model_name} and a model_config of another model "
+            f"({model_config.name or 'no name'}, n_layer {model_config.n_layer}, n_embd "
+            f"{model_config.n_embd}) are both given, and the name would be ignored; leave one out, "
+            "or give model_config the same name and all its fields"
+        )
 
 
 def run_stock(function: Callable[..., None], arguments: dict[str, Any]) -> None:

@@ -107,7 +107,8 @@ def joined(parts: list[Any]) -> Any:
     if isinstance(first, dict) and first.keys() == {"part", "shape"}:
         tensors = [part["part"] for part in parts if part["part"].numel()]
         whole = torch.cat(tensors) if tensors else first["part"]
-        return whole.reshape(first["shape"])
+        # Under hybrid sharding every node has a copy of all parts: the first copy is enough.
+        return whole[: first["shape"][0]] if first["shape"] else whole.reshape(())
     if isinstance(first, dict):
         return {key: joined([part[key] for part in parts]) for key in first}
     if isinstance(first, list | tuple):

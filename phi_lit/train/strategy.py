@@ -2,7 +2,8 @@
 
 Sharding is FSDP2 (`fully_shard` per block) through Fabric's ModelParallelStrategy, the one path
 that also runs on CPU processes over gloo and so is tested everywhere. FSDP1 stays for fp16 with a
-loss scale on GPU, which FSDP2's strategy refuses. DeepSpeed is Fabric's own.
+loss scale on GPU, which FSDP2's strategy refuses. DeepSpeed is refused: Fabric's wants model and
+optimizer set up together and saves in a format of its own, and nothing here could run it.
 """
 
 from datetime import timedelta
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from lightning.fabric.strategies import (
     DDPStrategy,
-    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     Strategy,
@@ -45,14 +45,9 @@ def check_strategy(
     """Return what is wrong with a strategy on this many processes, a sentence each."""
     faults = []
     if strategy == "deepspeed":
-        try:
-            import deepspeed  # noqa: F401
-        except ImportError:
-            faults.append("strategy deepspeed needs its package: pip install 'phi-lit[deepspeed]'")
-        if device == "cpu":
-            faults.append("strategy deepspeed needs GPUs; on CPU use fsdp or ddp")
-    if cpu_offload and strategy not in ("fsdp", "deepspeed"):
-        faults.append(f"cpu_offload needs strategy fsdp or deepspeed, not {strategy}")
+        faults.append("strategy deepspeed is not supported yet; fsdp shards the same state")
+    if cpu_offload and strategy != "fsdp":
+        faults.append(f"cpu_offload needs strategy fsdp, not {strategy}")
     if cpu_offload and device == "cpu":
         faults.append("cpu_offload needs a GPU to offload from")
     return faults
@@ -70,7 +65,7 @@ def make_strategy(
     """Return the Fabric strategy for a key.
 
     Args:
-        strategy: "auto" (one process: none; several: fsdp), "ddp", "fsdp" or "deepspeed".
+        strategy: "auto" (one process: none; several: fsdp), "ddp" or "fsdp".
         sharding: "full" (parameters, gradients, optimizer state), "grad_op" (parameters stay
             gathered between forward and backward), "hybrid" (full in a node, copies across nodes).
         cpu_offload: keep sharded parameters and optimizer state in host memory.
@@ -83,12 +78,6 @@ def make_strategy(
         strategy = "fsdp" if world > 1 else "single"
     if strategy == "ddp" and world > 1:
         return DDPStrategy(timeout=TIMEOUT)
-    if strategy == "deepspeed":
-        return DeepSpeedStrategy(
-            stage=2 if sharding == "grad_op" else 3,
-            offload_optimizer=cpu_offload,
-            offload_parameters=cpu_offload and sharding != "grad_op",
-        )
     if strategy == "fsdp" and (world > 1 or cpu_offload):
         if precision == "16-mixed":
             return _fsdp1(sharding, cpu_offload)
@@ -96,7 +85,12 @@ def make_strategy(
             shard_blocks, sharding=sharding, cpu_offload=cpu_offload, num_nodes=num_nodes
         )
         return ModelParallelStrategy(
-            parallelize_fn=shard, data_parallel_size=world, tensor_parallel_size=1, timeout=TIMEOUT
+            parallelize_fn=shard,
+            data_parallel_size=world,
+            tensor_parallel_size=1,
+            # Offloaded gradients are on the CPU when their norm is summed over the ranks.
+            process_group_backend="cpu:gloo,cuda:nccl" if cpu_offload else None,
+            timeout=TIMEOUT,
         )
     return "auto"
 
@@ -124,11 +118,17 @@ def shard_blocks(
 
 
 def _fsdp1(sharding: str, cpu_offload: bool) -> FSDPStrategy:
+    from torch.distributed.fsdp import MixedPrecision
+
     kinds = {"full": "FULL_SHARD", "grad_op": "SHARD_GRAD_OP", "hybrid": "HYBRID_SHARD"}
     return FSDPStrategy(
         auto_wrap_policy={Block},
         sharding_strategy=kinds[sharding],  # type: ignore[arg-type]
         cpu_offload=cpu_offload,
+        # Fabric's default would also put the rotary tables and the summed gradients into fp16.
+        mixed_precision=MixedPrecision(
+            param_dtype=torch.float16, reduce_dtype=torch.float32, buffer_dtype=torch.float32
+        ),
         state_dict_type="full",
         limit_all_gathers=True,
         use_orig_params=True,

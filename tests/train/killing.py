@@ -36,7 +36,7 @@ def main(config: str, seed: int, kills: int) -> None:
         before = steps(out_dir)
         while not done(pid):
             seconds = time.monotonic() - began
-            hit = saving(out_dir) if in_a_save else progressed(out_dir, before, chance)
+            hit = saving(out_dir, pid) if in_a_save else progressed(out_dir, before, chance)
             if hit or seconds > 20 + delay:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
@@ -44,7 +44,7 @@ def main(config: str, seed: int, kills: int) -> None:
             time.sleep(0.001)
         else:
             break
-        print(json.dumps({"steps": steps(out_dir), "in_a_save": saving(out_dir)}), flush=True)
+        print(json.dumps({"steps": steps(out_dir), "in_a_save": saving(out_dir, pid)}), flush=True)
     pid = attempt(config)
     _, status = os.waitpid(pid, 0)
     sys.exit(os.waitstatus_to_exitcode(status))
@@ -78,9 +78,9 @@ def steps(out_dir: Path) -> int:
     return record.read_text().count('"loss"') if record.is_file() else 0
 
 
-def saving(out_dir: Path) -> bool:
-    """Tell whether a checkpoint is half written at this moment."""
-    return any(".partial-" in path.name for path in out_dir.glob(".step-*"))
+def saving(out_dir: Path, pid: int) -> bool:
+    """Tell whether this attempt has a checkpoint half written at this moment."""
+    return any(out_dir.glob(f".step-*.partial-{pid}"))
 
 
 def progressed(out_dir: Path, before: int, chance: random.Random) -> bool:

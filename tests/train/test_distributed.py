@@ -1,7 +1,9 @@
 """Real processes over gloo: the same order and the same training on any number of ranks."""
 
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,8 @@ def test_saved_on_two_ranks_resumed_on_one_and_the_other_way(
         tmp_path / "two", strategy="fsdp", devices=2, optimizer=SGD,
         train={**half, "checkpoint_format": "sharded"},
     )  # fmt: skip
+    half_way = torch.load(two / "final" / "lit_model.pth", weights_only=True)["model"]
+    assert half_way["lm_head.weight"].shape == (512, 64), "final/ holds whole tensors"
     train(two, optimizer=SGD, train=rest, resume="auto")
     assert losses(two) == pytest.approx(losses(whole), abs=1e-5)
     assert_close(two, whole, tolerance=2e-5)
@@ -99,3 +103,26 @@ def test_four_ranks_train_as_one(
         train={**NO_DROPOUT, "micro_batch_size": 2},
     )  # fmt: skip
     assert losses(four) == pytest.approx(losses(one), abs=1e-5)
+
+
+def test_a_stop_asked_of_one_rank_saves_and_ends_both(
+    tmp_path: Path, recipe: Callable[..., dict[str, Any]]
+) -> None:
+    out = tmp_path / "out"
+    arguments = recipe(
+        out, strategy="ddp", devices=2, train={"max_steps": 2000, "save_interval": 5000}
+    )
+    config = tmp_path / "out.yaml"
+    config.write_text(yaml.safe_dump(arguments))
+    process = subprocess.Popen(
+        [LITGPT, "pretrain", "--config", str(config)],
+        env=quiet_environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (out / "metrics.jsonl").is_file() or len(losses(out)) < 3:
+        assert process.poll() is None, "it ended too early"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # to the first rank only
+    said = process.communicate()[1]
+    assert process.returncode == 0, said[-3000:]
+    assert "stopped by SIGTERM after step" in said
+    assert (out / "latest" / "training_state.pth").is_file()

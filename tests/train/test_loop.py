@@ -4,12 +4,16 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_to_the_bit, losses, rows, tensors
+import yaml
+from runs import assert_same_to_the_bit, losses, quiet_environment, rows, tensors
 
 from phi_lit.errors import UserError
 
@@ -75,7 +79,9 @@ def test_dropout_is_off_in_validation_and_absent_from_the_checkpoint(
 
 def test_z_loss_adds_its_share(tmp_path: Path, train: Train) -> None:
     plain = train(tmp_path / "plain", train=NO_DROPOUT)
-    z = train(tmp_path / "z", train={**NO_DROPOUT, "z_loss": 0.1})
+    z = train(tmp_path / "z", train={**NO_DROPOUT, "z_loss": 0.1, "max_steps": 1})
+    held_out = [row["val_loss"] for row in rows(z) if "val_loss" in row][-1]
+    assert held_out < losses(z)[0] - 1, "the held-out loss is the cross-entropy alone"
     # At the start the logits are near zero: log of the partition is ln 512.
     assert losses(z)[0] - losses(plain)[0] == pytest.approx(0.1 * math.log(512) ** 2, rel=0.02)
 
@@ -176,9 +182,12 @@ def test_initial_checkpoint_gives_the_first_weights(tmp_path: Path, train: Train
     assert after == before
 
 
-@pytest.mark.parametrize("optimizer", ["torch.optim.Muon", "torch.optim.NAdam"])
+@pytest.mark.parametrize(
+    "optimizer", ["torch.optim.Muon", "torch.optim.NAdam", "bitsandbytes.optim.AdamW8bit"]
+)
 def test_other_optimizers_train_and_resume(tmp_path: Path, train: Train, optimizer: str) -> None:
-    if not hasattr(torch.optim, optimizer.rpartition(".")[2]):
+    package, _, name = optimizer.rpartition(".")
+    if not hasattr(pytest.importorskip(package), name):
         pytest.skip(f"this torch has no {optimizer}")
     spec = {"class_path": optimizer, "init_args": {"lr": 0.001}}
     whole = train(tmp_path / "whole", optimizer=spec)
@@ -188,9 +197,13 @@ def test_other_optimizers_train_and_resume(tmp_path: Path, train: Train, optimiz
 
 
 def test_tied_embeddings_stay_tied_and_resume(tmp_path: Path, train: Train) -> None:
-    whole = train(tmp_path / "whole", train={"tie_embeddings": True})
+    tied = {"tie_embeddings": True, "lr_total_steps": 12}
+    whole = train(tmp_path / "whole", train=tied)
     found = weights(whole)
     assert torch.equal(found["lm_head.weight"], found["transformer.wte.weight"])
+    part = train(tmp_path / "part", train={**tied, "max_steps": 8})
+    train(part, train=tied, resume="auto")
+    assert_same_to_the_bit(part / "latest", whole / "latest")
 
 
 @pytest.mark.parametrize(
@@ -213,6 +226,56 @@ def test_a_changed_run_says_what_differs_and_refuses_to_resume(
     assert "\n" not in str(refused.value)
 
 
+def test_checkpoints_of_another_longer_run_are_not_mixed_with_this_ones(
+    tmp_path: Path, train: Train
+) -> None:
+    out = train(tmp_path / "run")
+    with pytest.raises(UserError, match=r"holds checkpoints beyond step 0"):
+        train(out)
+    with pytest.raises(UserError, match=r"holds checkpoints beyond step 4"):
+        train(out, resume=str(out / "step-00000004"))
+
+
+def test_changed_optimizer_settings_hold_after_a_resume_by_key(
+    tmp_path: Path, train: Train
+) -> None:
+    out = train(tmp_path / "run", train={"max_steps": 8, "lr_total_steps": 12})
+    changed = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001, "weight_decay": 0.7}}
+    train(
+        out, optimizer=changed, train={"lr_total_steps": 12, "resume_changed": True}, resume="auto"
+    )
+    group = "training_state.pth.optimizer.param_groups.0.weight_decay"
+    assert tensors(out / "latest")[group] == 0.7
+
+
+def test_a_full_disk_during_a_save_is_one_line_and_leaves_the_last_checkpoint_usable(
+    tmp_path: Path, train: Train, recipe: Callable[..., dict[str, Any]]
+) -> None:
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "run", train={"max_steps": 4, "lr_total_steps": 12})
+    config = tmp_path / "run.yaml"
+    rest = recipe(tmp_path / "run", train={"lr_total_steps": 12}, resume="auto")
+    config.write_text(yaml.safe_dump(rest))
+    program = (
+        "import resource, signal, sys\n"
+        "import litgpt.pretrain, phi_lit.train.launch\n"
+        "from jsonargparse import CLI\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+        "CLI(litgpt.pretrain.setup, args=['--config', sys.argv[1]])"
+    )
+    failed = subprocess.run(
+        [sys.executable, "-c", program, str(config)],
+        env=quiet_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert "phi_lit: error: cannot write" in failed.stderr.splitlines()[-1]
+    assert not list((tmp_path / "run").glob(".step-*"))
+    train(tmp_path / "run", train={"lr_total_steps": 12}, resume="auto")
+    assert_same_to_the_bit(tmp_path / "run" / "latest", whole / "latest")
+
+
 def test_a_changed_run_goes_on_by_key(tmp_path: Path, train: Train) -> None:
     out = train(tmp_path / "run")
     train(out, train={"max_steps": 14, "resume_changed": True}, resume="auto")
@@ -228,7 +291,9 @@ def test_a_changed_run_goes_on_by_key(tmp_path: Path, train: Train) -> None:
         ({"train": {"attention_dropout": 1.0}}, r"attention_dropout is 1.0"),
         ({"train": {"max_seq_length": 65}}, r"max_seq_length is 65; phi1-test takes 1 to 64"),
         ({"train": {"max_steps": None, "max_tokens": 10}}, r"would end before its first step"),
-        ({"strategy": "deepspeed"}, r"deepspeed"),
+        ({"strategy": "deepspeed"}, r"deepspeed is not supported yet"),
+        ({"train": {"name_steps": {4: "a/b"}}}, r"calls step 4 'a/b'; a name is"),
+        ({"model_config": {"n_layer": 2}}, r"both given, and the name would be ignored"),
         ({"cpu_offload": True}, r"cpu_offload needs"),
         ({"optimizer": "AdamX"}, r"has no 'AdamX'.*Did you mean"),
         ({"resume": True}, r"there is no whole checkpoint"),
@@ -246,6 +311,29 @@ def test_bad_input_is_one_clear_line_before_training(
     assert not list((tmp_path / "run").glob("step-*")) if (tmp_path / "run").exists() else True
 
 
+def test_a_plan_that_cannot_fit_in_memory_is_refused_before_the_model_is_built(
+    tmp_path: Path, train: Train
+) -> None:
+    huge = {
+        "name": "phi1-test", "n_layer": 96, "n_embd": 12_288, "n_head": 96, "block_size": 64,
+        "padded_vocab_size": 512, "vocab_size": 512,
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"needs about [\d,.]+ GB on each device, and") as refused:
+        train(tmp_path / "run", model_config=huge)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_largest_micro_batch_that_fits_is_found_and_kept_on_resume(
+    tmp_path: Path, train: Train
+) -> None:
+    whole = train(tmp_path / "whole", train={"micro_batch_size": "auto"})
+    assert tensors(whole / "latest")["training_state.pth.micro_batch_size"] == 8
+    half = {"micro_batch_size": "auto", "max_steps": 8, "lr_total_steps": 12}
+    part = train(tmp_path / "part", train=half)
+    train(part, train={"micro_batch_size": "auto", "lr_total_steps": 12}, resume="auto")
+    assert_same_to_the_bit(part / "latest", whole / "latest")
+
+
 def test_all_faults_are_told_at_once(tmp_path: Path, train: Train) -> None:
     with pytest.raises(UserError) as refused:
         train(tmp_path / "run", precision="16-mixed", train={"micro_batch_size": 3, "z_loss": -1.0})
@@ -255,7 +343,7 @@ def test_all_faults_are_told_at_once(tmp_path: Path, train: Train) -> None:
 def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, train: Train) -> None:
     other = train(tmp_path / "other")
     config = {
-        "name": "phi-wide", "n_layer": 2, "n_embd": 128, "n_head": 2, "padded_vocab_size": 512,
+        "name": "phi1-test", "n_layer": 2, "n_embd": 128, "n_head": 2, "padded_vocab_size": 512,
         "vocab_size": 512, "block_size": 64,
     }  # fmt: skip
     with pytest.raises(UserError, match="does not fit the model"):
