@@ -1,5 +1,4 @@
-"""The most fragile promise: after an install, plain `litgpt` knows us. A wheel built from the sdist,
-and an editable install.
+"""The most fragile promise: after an install, plain `litgpt` knows us, from wheel and checkout.
 
 Each kind is installed into a new virtual environment that sees the dependencies of this one (links
 to everything in its site-packages but phi_lit) and nothing of the checkout.
@@ -10,7 +9,6 @@ import shutil
 import site
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 

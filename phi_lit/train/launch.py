@@ -131,7 +131,7 @@ def _vocabulary_faults(job: Job) -> list[str]:
         return [
             f"{name} means codegen's vocabulary of {promised:,} ids, the tokenizer "
             f"{job.tokenizer_dir} is another one, of {tokenizer.vocab_size:,}; make it with "
-            "`phi-lit tokenizer codegen`, or choose a model with a vocabulary of its own (phi1-nano)"
+            "`phi-lit tokenizer codegen`, or choose a model with its own vocabulary (phi1-nano)"
         ]
     return []
 
