@@ -32,10 +32,10 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint ## lint, then the tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: lint ## the slow tests too
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 golden: $(STAMP) ## rewrite the golden loss curve; review the diff
 	$(BIN)/python tests/train/golden.py

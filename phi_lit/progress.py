@@ -89,7 +89,7 @@ class Progress:
             left = f", {_clock((self.total - self.done) / rate)} left"
         figures = "".join(f", {key} {value}" for key, value in self._figures.items())
         print(
-            f"{self.desc}: {self.done:,}{of} {self.unit}{share}, {rate:,.0f} {self.unit}/s"
+            f"{self.desc}: {self.done:,}{of} {self.unit}{share}, {_brief(rate)} {self.unit}/s"
             f"{left}{figures}",
             file=sys.stderr,
             flush=True,
@@ -105,6 +105,10 @@ class Progress:
 def progress(total: int | None, desc: str, unit: str, initial: int = 0) -> Progress:
     """Start showing progress; see `Progress`."""
     return Progress(total, desc, unit, initial)
+
+
+def _brief(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def _clock(seconds: float) -> str:
