@@ -6,10 +6,11 @@ name and are removed by the next writer of the same path.
 """
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from phi_lit.errors import UserError
@@ -30,8 +31,11 @@ def remove_leftovers(path: Path) -> None:
     """Remove what killed writers of `path` left beside it (a file or a directory).
 
     A writer killed between moving the old directory away and the new one in leaves no `path`: then
-    the old one, which is whole, is put back first.
+    the old one, which is whole, is put back first. While a living process writes `path`, nothing is
+    touched.
     """
+    if any(map(_in_use, path.parent.glob(f".{path.name}{PARTIAL}*"))):
+        return
     retired = sorted(path.parent.glob(f".{path.name}{RETIRED}*"))
     if retired and not path.exists():
         os.rename(retired[0], path)
@@ -40,6 +44,35 @@ def remove_leftovers(path: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def _in_use(partial: Path) -> bool:
+    """Tell whether a process has locked this and lives (False where files cannot be locked)."""
+    try:
+        descriptor = os.open(partial, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Hold the lock that tells other processes that this is still being written."""
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # this file system has none: then there is no telling
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:
@@ -86,14 +119,34 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         remove_leftovers(path)
         partial = _partial(path)
         try:
-            with open(partial, "wb") as file:
+            with open(partial, "wb") as file, _locked(partial):
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+                os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         sync(path.parent)
+
+
+def refuse_current_directory(path: Path) -> None:
+    """Raise a `UserError` if `path` is where this process, and most often a shell, stands."""
+    if path.exists() and path.samefile(os.curdir):
+        raise UserError(
+            f"{path} is the current directory, which cannot be replaced while a shell is in it. "
+            "Name a directory below it, or call from another one."
+        )
+
+
+def _move_in(partial: Path, path: Path) -> None:
+    """Rename `partial` to `path`; what is there is moved away first and removed last."""
+    if path.exists():
+        retired = path.with_name(f".{path.name}{RETIRED}{os.getpid()}")
+        os.rename(path, retired)
+        os.rename(partial, path)
+        shutil.rmtree(retired, ignore_errors=True)
+    else:
+        os.rename(partial, path)
 
 
 @contextmanager
@@ -102,23 +155,23 @@ def staged_dir(path: Path) -> Iterator[Path]:
 
     A directory already at `path` is replaced, and is still whole if the process dies before the
     rename. On an exception nothing is left behind and `path` is as it was.
+
+    Raises:
+        UserError: the disk is full, read-only or forbids it, or `path` is the current directory.
     """
+    refuse_current_directory(path)
+    path = Path(os.path.abspath(path))  # "a/.." has no name to put the partial one beside
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         partial = _partial(path)
         partial.mkdir()
         try:
-            yield partial
-            for found in [*partial.rglob("*"), partial]:
-                sync(found)
-            if path.exists():
-                retired = path.with_name(f".{path.name}{RETIRED}{os.getpid()}")
-                os.rename(path, retired)
-                os.rename(partial, path)
-                shutil.rmtree(retired, ignore_errors=True)
-            else:
-                os.rename(partial, path)
+            with _locked(partial):
+                yield partial
+                for found in [*partial.rglob("*"), partial]:
+                    sync(found)
+                _move_in(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         sync(path.parent)

@@ -83,3 +83,40 @@ def test_a_full_disk_is_refused_in_one_line_and_leaves_nothing(tmp_path: Path) -
     assert done.stderr.startswith("phi_lit: error: cannot write")
     assert done.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    program = (
+        "import pathlib, sys; from phi_lit.files import staged_dir\n"
+        "with staged_dir(pathlib.Path(sys.argv[1])) as d:\n"
+        "    (d / 'a').write_text('slow'); print(flush=True); sys.stdin.read()"
+    )
+    target = tmp_path / "made"
+    slow = subprocess.Popen(
+        [sys.executable, "-c", program, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert slow.stdout is not None
+    slow.stdout.readline()
+    with staged_dir(target) as directory:
+        (directory / "a").write_text("fast")
+    slow.communicate()
+    assert slow.returncode == 0
+    assert (target / "a").read_text() == "slow"
+    assert os.listdir(tmp_path) == ["made"]
+
+
+@pytest.mark.parametrize("name", [".", "../here"])
+def test_the_current_directory_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="is the current directory"), staged_dir(Path(name)):
+        pass
+    assert os.listdir(tmp_path) == ["here"]
+
+
+def test_a_path_that_ends_in_dots_is_made_beside_itself(tmp_path: Path) -> None:
+    with staged_dir(tmp_path / "made" / "x" / "..") as directory:
+        assert directory.parent == tmp_path
+    assert os.listdir(tmp_path) == ["made"]

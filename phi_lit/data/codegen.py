@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi_lit.data.vocabulary import END_OF_TEXT, fingerprint, merge_pairs, read_settings
 from phi_lit.errors import UserError
-from phi_lit.files import staged_dir
+from phi_lit.files import refuse_current_directory, staged_dir
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -98,7 +98,9 @@ def write_tokenizer(tokenizer: "Tokenizer", tokenizer_class: str, out_dir: Path)
         "model_max_length": 2048,
     }
     with staged_dir(out_dir) as partial:
-        tokenizer.save(str(partial / "tokenizer.json"))
+        # Not tokenizer.save(), whose error about a full disk is a plain Exception without a number.
+        text = tokenizer.to_str(pretty=True)
+        (partial / "tokenizer.json").write_text(text, encoding="utf-8")
         text = json.dumps(settings, indent=2) + "\n"
         (partial / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
@@ -107,6 +109,7 @@ def refuse_foreign_directory(out_dir: Path) -> None:
     """Raise a `UserError` if replacing `out_dir` would remove anything but a tokenizer."""
     if not out_dir.exists():
         return
+    refuse_current_directory(out_dir)
     if not out_dir.is_dir():
         raise UserError(f"{out_dir} is a file. Choose another --out_dir.")
     others = sorted(path.name for path in out_dir.iterdir() if path.name not in _FILES)

@@ -216,3 +216,34 @@ def test_the_command_builds_and_reports(run_python, codegen_dir, tmp_path):
     assert f"{out}: 50,295 ids, end of text 50256, engine tiktoken" in done.stdout
     name = "tokenizer.json"
     assert (out / name).read_bytes() == (codegen_dir / name).read_bytes()
+
+
+def test_the_file_is_the_one_that_tokenizers_saves(codegen_dir, tmp_path):
+    from tokenizers import Tokenizer
+
+    path = codegen_dir / "tokenizer.json"
+    Tokenizer.from_file(str(path)).save(str(tmp_path / "saved.json"))
+    assert (tmp_path / "saved.json").read_bytes() == path.read_bytes()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(run_python, tmp_path):
+    code = (
+        "import pathlib, resource, signal, sys\n"
+        "from phi_lit.data.codegen import build_codegen\n"
+        "from phi_lit.errors import show_user_errors\n"
+        "show_user_errors()\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "build_codegen(pathlib.Path(sys.argv[1]))"
+    )
+    done = run_python("-c", code, tmp_path / "out", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("phi_lit: error: cannot write")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_current_directory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is the current directory"):
+        build_codegen(Path("."))
