@@ -19,6 +19,9 @@ from phi_lit.data.trees import FoundFile, Skipped
 PIECE = 1 << 20
 """Characters of a JSON file that are read at a time."""
 
+LONGEST_ROW = 64 << 20
+"""Characters of a JSON file after which a row that does not end is taken for damage."""
+
 ROWS = 256
 """Rows of a parquet file that are decoded at a time."""
 
@@ -71,7 +74,7 @@ def read_rows(
     read = {".parquet": _parquet, ".json": _json}.get(kind, _json_lines)
     try:
         yield from read(file, skipped, columns)
-    except (OSError, EOFError, UnicodeDecodeError, ValueError):  # pyarrow's errors are ValueErrors
+    except (OSError, EOFError, ValueError, RecursionError):
         skipped.add("damaged", file.name)
 
 
@@ -83,7 +86,7 @@ def column_names(file: FoundFile) -> list[str] | None:
 
     try:
         return list(pyarrow.parquet.read_schema(file.path).names)
-    except (OSError, ValueError):
+    except (OSError, ValueError, pyarrow.ArrowException):
         return None
 
 
@@ -115,11 +118,14 @@ def _parquet(
 ) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(file.path) as table:
-        names = table.schema_arrow.names
-        kept = None if columns is None else [name for name in names if name in columns]
-        for batch in table.iter_batches(batch_size=ROWS, columns=kept):
-            yield from batch.to_pylist()
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as table:
+            names = table.schema_arrow.names
+            kept = None if columns is None else [name for name in names if name in columns]
+            for batch in table.iter_batches(batch_size=ROWS, columns=kept):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:  # only some of them are ValueErrors
+        raise OSError(str(error)) from error
 
 
 def _json_lines(
@@ -134,7 +140,7 @@ def _json_lines(
             except UnicodeDecodeError:
                 skipped.add("not UTF-8", f"{file.name}:{number}")
                 continue
-            except ValueError:
+            except (ValueError, RecursionError):  # the latter: nested too deeply
                 skipped.add("not JSON", f"{file.name}:{number}")
                 continue
             if isinstance(row, dict):
@@ -153,6 +159,8 @@ def _json(file: FoundFile, skipped: Skipped, columns: list[str] | None) -> Itera
             try:
                 row, end = decoder.raw_decode(pending)
             except ValueError:
+                if len(pending) >= LONGEST_ROW:
+                    raise
                 piece = text.read(max(PIECE, len(pending)))  # doubling: a long row is not quadratic
                 if not piece:
                     if pending:

@@ -7,9 +7,10 @@ fixed order, one at a time. Nothing here knows about tokens. What a file holds i
 """
 
 import hashlib
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
 from itertools import islice
@@ -68,7 +69,8 @@ class Source:
     max_documents: int | None = None
     """Stop after that many documents."""
     suffixes: list[str] = field(default_factory=lambda: list(DEFAULT_SUFFIXES))
-    """Which files of a directory are read (a file or a glob is taken at its word)."""
+    """Which files of a directory are read (a file or a glob is taken at its word). `.json` is not
+    among the defaults: in a tree of code such files are settings, not tables with a text column."""
     config: str | None = None
     """The hub data set's configuration."""
     split: str = "train"
@@ -143,8 +145,10 @@ class Source:
         walks them. A hub data set is described as it was asked for: pin `revision` to a commit if
         it must never change.
         """
-        written = {key: value for key, value in self._written().items() if key != "name"}
-        written.pop("licence", None)
+        written = self._written()
+        for key in ("name", "licence"):  # they decide no token
+            written.pop(key, None)
+        written = json.loads(json.dumps(written, default=str))  # YAML has dates, JSON has not
         if self.stdlib:
             written["python"] = ".".join(map(str, sys.version_info[:3]))
             return {**written, "files": _listing(python_library.code_files(Skipped()))}
@@ -240,7 +244,16 @@ class Source:
             if next(find_files(path, skipped, self._wants), None) is None:
                 what = f" (it skipped {skipped}: {skipped.examples[0]})" if skipped.counts else ""
                 only = f" with {' '.join(self.suffixes)}" if os.path.isdir(path) else ""
-                raise UserError(f"{path}: no file{only} found{what} (a source's `path`).")
+                raise UserError(
+                    f"{path}: no file{only} found{what} (a source's `path`).{self._hint(path)}"
+                )
+
+    def _hint(self, path: str) -> str:
+        """Return how to read the .json files of a directory, if it has any."""
+        if not os.path.isdir(path):
+            return ""
+        tables = find_files(path, Skipped(), lambda name: suffix(name) == ".json")
+        return " It has .json files: name `suffixes: [.json]` to read them." if any(tables) else ""
 
     def _rows(self, skipped: Skipped) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield a name and the columns of every row of the tables here."""
@@ -261,7 +274,11 @@ def standard_library() -> Source:
     return Source(stdlib=True)
 
 
-def open_source(spec: "str | dict[str, Any] | Source") -> Source:
+Spec = str | dict[str, Any] | Source
+"""A source as `open_source` takes it."""
+
+
+def open_source(spec: Spec) -> Source:
     """Make a source of what a YAML says.
 
     Args:
@@ -286,6 +303,17 @@ def open_source(spec: "str | dict[str, Any] | Source") -> Source:
         )
     _check_types(spec)
     return Source(**spec)
+
+
+def open_sources(specs: Spec | Sequence[Spec]) -> list[Source]:
+    """Make sources of what a YAML says: one, which needs no brackets, or a list of them.
+
+    Raises:
+        UserError: see `open_source`.
+    """
+    if isinstance(specs, str | dict | Source):
+        specs = [specs]
+    return [open_source(spec) for spec in specs]
 
 
 def _from_word(word: str) -> Source:
@@ -323,6 +351,9 @@ def _check_types(spec: dict[str, Any]) -> None:
         if value is not None and wrong:
             names = " or ".join(kind.__name__ for kind in allowed)
             raise UserError(f"a source's {key} must be {names}, not {value!r}.")
+        if isinstance(value, list | dict) and not all(isinstance(part, str) for part in value):
+            parts = "keys that are" if isinstance(value, dict) else "only"
+            raise UserError(f"a source's {key} must hold {parts} str, not {value!r}.")
 
 
 def _listing(files: Iterator[FoundFile]) -> dict[str, Any]:

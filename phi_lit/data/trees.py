@@ -84,7 +84,10 @@ def _glob(pattern: str, skipped: Skipped) -> Iterator[FoundFile]:
     if not os.path.isdir(base):
         raise UserError(f"{pattern}: the directory {base} does not exist (a source's `path`).")
     rest = parts[first:]
-    names = re.compile(_glob_regex(rest))
+    try:
+        names = re.compile(_glob_regex(rest))
+    except re.error as error:
+        raise UserError(f"{pattern}: not a glob: {error.msg} (a source's `path`).") from None
     hidden = any(part.startswith(".") for part in rest)
     yield from _walk(base, "", skipped, lambda name: names.fullmatch(name) is not None, hidden)
 
@@ -97,14 +100,14 @@ def _glob_regex(parts: tuple[str, ...]) -> str:
         if part == "**":
             pieces.append(".*" if last else "(?:[^/]+/)*")
             continue
-        for token in re.findall(r"\[!?[^\]]+\]|.", part, re.DOTALL):
+        for token in re.findall(r"\[(?!!\])[^\]]+\]|.", part, re.DOTALL):
             if token == "*":
                 pieces.append("[^/]*")
             elif token == "?":
                 pieces.append("[^/]")
             elif len(token) > 1:
-                inner = token[1:-1].replace("\\", r"\\")
-                pieces.append(f"[^{inner[1:]}]" if inner.startswith("!") else f"[{inner}]")
+                inner = re.sub(r"([\\^\[&~|])", r"\\\1", token[1:-1])
+                pieces.append(f"(?!/)[^{inner[1:]}]" if inner.startswith("!") else f"[{inner}]")
             else:
                 pieces.append(re.escape(token))
         if not last:

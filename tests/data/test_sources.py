@@ -1,3 +1,4 @@
+import datetime
 import gzip
 import json
 import os
@@ -54,6 +55,9 @@ def test_a_tree_is_read_in_the_order_of_its_names(tmp_path):
         ("sub/**", ["sub/c.py", "sub/deep/d.py", "sub/e.txt"]),
         ("sub/*.py", ["sub/c.py"]),
         ("[!b].py", ["a.py"]),
+        ("[!]*", []),
+        ("[^b].py", ["b.py"]),
+        ("sub[!x]c.py", []),
         ("?.py", ["a.py", "b.py"]),
     ],
 )
@@ -219,6 +223,40 @@ def test_damaged_rows_are_counted(tmp_path):
     }
 
 
+def test_json_nested_too_deeply_is_counted(tmp_path):
+    deep = "[" * 100_000 + "]" * 100_000
+    (tmp_path / "a.jsonl").write_text(f'{{"text": {deep}}}\n{{"text": "good"}}\n')
+    (tmp_path / "b.json").write_text(f'[{{"text": "also"}}, {{"text": {deep}}}]')
+    source = open_source({"path": [f"{tmp_path}/*.jsonl", f"{tmp_path}/*.json"]})
+    assert [document.text for document in source.documents()] == ["good", "also"]
+    assert source.skipped.counts == {"not JSON": 1, "damaged": 1}
+
+
+def test_a_json_row_without_end_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("phi_lit.data.records.PIECE", 100)
+    monkeypatch.setattr("phi_lit.data.records.LONGEST_ROW", 1000)
+    rows = [{"text": "short"}, {"text": "x" * 900}, {"text": "x" * 5000}, {"text": "after"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    source = open_source(str(tmp_path / "a.json"))
+    assert [document.text for document in source.documents()] == ["short", "x" * 900]
+    assert source.skipped.counts == {"damaged": 1}
+
+
+def test_a_date_chooses_rows_and_is_described(tmp_path):
+    day = datetime.date(2024, 1, 1)
+    path = write_parquet(tmp_path / "a.parquet", text=["new", "old"], d=[day, datetime.date.min])
+    source = open_source({"path": path, "where": {"d": day}})
+    assert [document.text for document in source.documents()] == ["new"]
+    assert json.loads(json.dumps(source.describe())) == source.describe()
+    assert source.describe()["where"] == {"d": "2024-01-01"}
+
+
+def test_json_files_of_a_directory_are_read_when_asked_for(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "one"}]')
+    assert "name `suffixes: [.json]` to read them" in refusal(str(tmp_path))
+    assert documents({"path": str(tmp_path), "suffixes": [".json"]}) == [("a.json#0", "one")]
+
+
 def test_a_damaged_parquet_file_is_counted(tmp_path):
     write_parquet(tmp_path / "a.parquet", text=["one"])
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
@@ -318,6 +356,11 @@ def test_words_and_mappings():
         ({"path": "x", "weight": 0}, "weight is 0"),
         ({"path": "x", "weight": "2"}, "weight must be int or float, not '2'"),
         ({"path": "x", "max_documents": 0}, "max_documents is 0"),
+        ({"path": [1]}, "path must hold only str, not [1]"),
+        ({"path": "x", "columns": [1]}, "columns must hold only str"),
+        ({"path": "x", "suffixes": [None]}, "suffixes must hold only str"),
+        ({"path": "x", "where": {1: 2}}, "where must hold keys that are str"),
+        ("[z-a].py", "[z-a].py: not a glob: bad character range z-a"),
         ({"path": "x", "columns": "a", "template": "{a}"}, "not both"),
         ({"path": "x", "template": "no column"}, "must hold columns by name"),
         ({"path": "x", "template": "{a"}, "template '{a'"),
