@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from phi_lit.errors import UserError
@@ -26,9 +27,11 @@ def read_hub(source: "Source") -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         for number, row in enumerate(dataset):
             yield f"{source.hub}#{number}", row
-    except OSError as error:
+    except hub_errors() as error:
+        if isinstance(error, ValueError):  # what the files hold, not the way to them
+            raise
         raise UserError(
-            f"{source.label}: reading stopped: {_first_line(error)}. Run the same command again: "
+            f"{source.label}: reading stopped: {first_line(error)}. Run the same command again: "
             "it goes on from the last part written."
         ) from error
 
@@ -66,15 +69,26 @@ def _open(source: "Source") -> Any:
             split=source.split,
             streaming=source.streaming,
         )
-    except (OSError, ValueError, RuntimeError) as error:  # what datasets raises for all of these
-        reason = trouble or _first_line(error)
+    except hub_errors() as error:
+        reason = trouble or first_line(error)
         raise UserError(
             f"{source.label}: the data set cannot be opened: {reason}. Check its id, "
             "`config`, `split` and your connection; a gated one needs `hf auth login`."
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return what huggingface_hub and datasets raise for refusals and broken connections."""
+    errors: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError)
+    with suppress(ImportError):  # what huggingface_hub talks through from 1.0 on
+        import httpx
+
+        errors += (httpx.HTTPError,)
+    return errors
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, without its full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
@@ -91,4 +105,4 @@ def _commit(hub: str, revision: str | None) -> tuple[str | None, str | None]:
     try:
         return HfApi().dataset_info(hub, revision=revision, timeout=10).sha, None
     except Exception as error:  # not fatal: offline with a warm cache, load_dataset succeeds
-        return None, _first_line(error)
+        return None, first_line(error)

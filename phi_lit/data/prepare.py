@@ -4,19 +4,19 @@ What the Agora READMEs call build_dataset. A training run prepares its tokens by
 doing it where the cores are, looking at what came out, and sharing it.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from phi_lit.data.building import prepare_store, say_on_stderr
+from phi_lit.data.hub import first_line, hub_errors
 from phi_lit.data.rows import count_rows
-from phi_lit.data.sources import Source, open_source
+from phi_lit.data.sources import open_sources
 from phi_lit.data.tokens import MANIFEST, SPLITS, TokenStore
 from phi_lit.errors import UserError
 
 
 def prepare(
-    sources: list[str | dict[str, Any]] | str | None = None,
+    sources: list[str | dict[str, Any]] | dict[str, Any] | str | None = None,
     tokenizer_dir: Path | None = None,
     data_dir: Path = Path("data/tokens"),
     val_fraction: float = 0.01,
@@ -41,7 +41,7 @@ def prepare(
         push_to_hub: A data set id on the Hugging Face hub (owner/name) to upload the store to.
         dry_run: Only list the sources with their licences and look at their first documents.
     """
-    opened = [open_source(spec) for spec in _as_list(sources)]
+    opened = open_sources("stdlib" if sources is None else sources)
     if seq_length < 1:
         raise UserError(f"seq_length is {seq_length}; choose at least 1.")
     if dry_run:
@@ -123,8 +123,8 @@ def upload(store: TokenStore, repo: str) -> None:
             repo_type="dataset",
             allow_patterns=["*.bin", MANIFEST],
         )
-    except (OSError, ValueError) as error:  # huggingface_hub's errors are both
-        raise UserError(f"{repo}: the upload failed: {_first_line(error)}") from error
+    except hub_errors() as error:
+        raise UserError(f"{repo}: the upload failed: {first_line(error)}") from error
     print(f"uploaded to {api.endpoint}/datasets/{repo} (private until you open it there)")
 
 
@@ -135,9 +135,9 @@ def _check_login(repo: str) -> None:
         raise UserError(f"push_to_hub is {repo!r}; a data set's id is owner/name.")
     try:
         HfApi().whoami()
-    except (OSError, ValueError) as error:
+    except hub_errors() as error:
         raise UserError(
-            f"cannot upload to {repo}: {_first_line(error)}. Log in with `hf auth login`, or set "
+            f"cannot upload to {repo}: {first_line(error)}. Log in with `hf auth login`, or set "
             "HF_TOKEN, with a token that may write; nothing was prepared."
         ) from error
 
@@ -149,15 +149,3 @@ def _card(store: TokenStore) -> str:
         "the directory and give it to CodeTextbook as `store`.\n\n"
         f"```\n{report(store, 2048)}\n```\n"
     )
-
-
-def _as_list(
-    sources: Sequence[str | dict[str, Any] | Source] | str | None,
-) -> list[str | dict[str, Any] | Source]:
-    if sources is None:
-        return ["stdlib"]
-    return [sources] if isinstance(sources, str) else list(sources)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -6,7 +6,7 @@ text: what it reads is up to `sources`.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from litgpt.tokenizer import Tokenizer
 
 from phi_lit.data.building import prepare_store, say_on_stderr
 from phi_lit.data.rows import VAL_SEED, RowLoader, count_rows
-from phi_lit.data.sources import open_source
+from phi_lit.data.sources import Source, open_sources
 from phi_lit.data.tokens import TokenStore, Verify
 from phi_lit.errors import UserError
 
@@ -29,7 +29,7 @@ _PROBE = "def f(x):\n    '''One  two'''\n\treturn x ** 2 # Größe 数\n"
 class CodeTextbook(DataModule):
     """Rows of one long array of tokens, from any mix of sources (the paper's layout)."""
 
-    sources: list[str | dict[str, Any]] = field(default_factory=lambda: ["stdlib"])
+    sources: list[str | dict[str, Any]] | dict[str, Any] | str = "stdlib"
     """Where the text comes from: `stdlib` (Python's standard library and its language reference, no
     download), presets such as `textbooks`, paths, globs, hub ids, or mappings with the keys of
     `phi_lit.data.sources.Source` (columns, template, where, weight, ...)."""
@@ -52,9 +52,7 @@ class CodeTextbook(DataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
-        if isinstance(self.sources, str | dict):  # one source needs no brackets
-            self.sources = [self.sources]
-        self._sources = [open_source(spec) for spec in self.sources]
+        self._sources: list[Source] = []
         self._tokenizer_dir: Path | None = None
         self._store_path: Path | None = None
         self._micro_batch, self._row_length = 1, 0
@@ -77,8 +75,12 @@ class CodeTextbook(DataModule):
             **kwargs: of no use here.
 
         Raises:
-            UserError: the tokenizer is not the one that this module was told to use.
+            UserError: a source is written wrongly, or the tokenizer is not the one that this module
+                was told to use.
         """
+        # Not in __post_init__: jsonargparse makes the object while it tries types, where it takes a
+        # ValueError for a type that does not fit and prints all of its attempts.
+        self._sources = open_sources(self.sources)
         self._micro_batch, self._row_length = batch_size, max_seq_length or 0
         self._tokenizer_dir = tokenizer_dir or self.tokenizer_dir
         if tokenizer is not None and self.tokenizer_dir is not None:
@@ -207,8 +209,7 @@ class CodeTextbook(DataModule):
             )
 
     def __repr__(self) -> str:
-        names = ", ".join(source.label for source in self._sources)
-        return f"CodeTextbook({self.store or names})"
+        return f"CodeTextbook({self.store or self.sources})"
 
 
 def _is_first() -> bool:

@@ -7,7 +7,7 @@ that can be done with exactly the same ids. `codegen.py` and `small_bpe.py` make
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from phi_lit.data.small_bpe import train_bpe
 from phi_lit.data.tiktoken_engine import TiktokenEngine, UnsuitedError
 from phi_lit.data.vocabulary import end_of_text, fingerprint, read_settings
 from phi_lit.errors import UserError
+
+if TYPE_CHECKING:
+    from phi_lit.data.sources import Source
 
 __all__ = ["TextTokenizer", "build_codegen", "codegen", "load_tokenizer", "train", "train_bpe"]
 
@@ -113,7 +116,7 @@ def codegen(
 def train(
     out_dir: Path = Path("checkpoints/small-tokenizer"),
     vocab_size: int = 4096,
-    sources: list[str | dict[str, Any]] | None = None,
+    sources: list[str | dict[str, Any]] | dict[str, Any] | str | None = None,
     max_mb: int = 200,
 ) -> None:
     """Train a small tokenizer on a corpus, for models too small for 51,200 ids.
@@ -127,17 +130,17 @@ def train(
     """
     if max_mb < 1:
         raise UserError(f"max_mb is {max_mb}; choose at least 1.")
-    train_bpe(_texts(sources or ["stdlib"], max_mb * 1_000_000), vocab_size, out_dir)
+    from phi_lit.data.sources import open_sources
+
+    opened = open_sources("stdlib" if sources is None else sources)
+    train_bpe(_texts(opened, max_mb * 1_000_000), vocab_size, out_dir)
     _report(out_dir)
 
 
-def _texts(sources: Sequence[str | dict[str, Any]], limit: int) -> Iterator[str]:
+def _texts(sources: "Sequence[Source]", limit: int) -> Iterator[str]:
     """Yield the sources' documents until `limit` characters have been read."""
-    from phi_lit.data.sources import open_source
-
     left = limit
-    for spec in sources:
-        source = open_source(spec)
+    for source in sources:
         source.check()
         for document in source.documents():
             yield document.text

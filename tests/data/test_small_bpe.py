@@ -85,7 +85,7 @@ def test_an_error_in_the_texts_leaves_nothing_behind(tmp_path):
 def test_the_command_trains_on_what_it_is_given(run_python, tmp_path):
     (tmp_path / "a.py").write_text("def add(left, right):\n    return left + right\n" * 40)
     out = tmp_path / "out"
-    arguments = ["--vocab_size", 310, "--sources", f"['{tmp_path / 'a.py'}']", "--out_dir", out]
+    arguments = ["--vocab_size", 310, "--sources", tmp_path / "a.py", "--out_dir", out]
     done = run_python("-m", "phi_lit", "tokenizer", "train", *arguments)
     assert f"{out}: 310 ids, end of text 271, engine tiktoken" in done.stdout
     assert load_tokenizer(out).vocab_size == 310

@@ -117,9 +117,9 @@ def test_two_different_tokenizers_are_refused(textbook, tiny_tokenizer_dir, othe
         textbook(tokenizer_dir=other_tokenizer_dir, connect={"tokenizer": tokenizer})
 
 
-def test_a_bad_source_is_refused_when_the_module_is_made():
+def test_a_bad_source_is_refused_when_the_module_is_connected(textbook):
     with pytest.raises(UserError, match="Did you mean 'stdlib'"):
-        CodeTextbook(sources=["stdlb"])
+        textbook(sources=["stdlb"])
 
 
 def config(tmp_path, corpus, tokenizer_dir, **data) -> dict:
@@ -151,10 +151,12 @@ def config(tmp_path, corpus, tokenizer_dir, **data) -> dict:
     }  # fmt: skip
 
 
-def pretrain(run_python, tmp_path, settings, *more) -> subprocess.CompletedProcess:
+def pretrain(
+    run_python, tmp_path, settings, *more, autoload=False, check=True
+) -> subprocess.CompletedProcess:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     command = ("-m", "litgpt", "pretrain", "--config", tmp_path / "config.yaml", *more)
-    return run_python(*command, cwd=tmp_path, autoload=False)
+    return run_python(*command, cwd=tmp_path, autoload=autoload, check=check)
 
 
 def test_litgpts_own_loop_trains_saves_and_resumes(
@@ -193,13 +195,33 @@ def test_a_yaml_may_name_the_class_short_or_long(parser):
         words = [f"--data={name}", "--data.sources=[stdlib, {path: ., weight: 2}]"]
         data = parser.instantiate_classes(parser.parse_args(words)).data
         assert isinstance(data, CodeTextbook)
-        assert [source.label for source in data._sources] == ["stdlib", "."]
+        assert data.sources == ["stdlib", {"path": ".", "weight": 2}]
 
 
-def test_a_mistake_in_the_yaml_is_one_line(parser):
-    words = ["--data=CodeTextbook", "--data.sources=[{pth: x}]"]
-    with pytest.raises(UserError, match=r"a source has no key 'pth'. Did you mean 'path'\?"):
-        parser.instantiate_classes(parser.parse_args(words))
+@pytest.mark.parametrize("source", ["stdlib", {"path": ".", "weight": 2}])
+def test_one_source_needs_no_brackets(parser, source):
+    settings = {"class_path": "CodeTextbook", "init_args": {"sources": source}}
+    data = parser.instantiate_classes(parser.parse_object({"data": settings})).data
+    data.connect(max_seq_length=8)
+    assert data.sources == source
+    assert [opened.label for opened in data._sources] == ["." if "path" in source else "stdlib"]
+    word = json.dumps(source) if isinstance(source, dict) else source
+    assert (
+        parser.parse_args(["--data=CodeTextbook", f"--data.sources={word}"]).data.init_args[
+            "sources"
+        ]
+        == source
+    )
+
+
+def test_a_mistake_in_the_yaml_is_one_line(tmp_path, tiny_tokenizer_dir, run_python):
+    settings = config(tmp_path, tmp_path, tiny_tokenizer_dir, sources=[{"pth": "x"}])
+    done = pretrain(run_python, tmp_path, settings, autoload=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("phi_lit: error: a source has no key 'pth'. Did you mean 'path'?")
+    assert done.stderr.count("a source has no key") == 1
 
 
 def test_help_tells_every_setting(parser, capsys):
