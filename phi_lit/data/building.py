@@ -7,6 +7,7 @@ journal beside them; a preparation that is killed goes on from the last commit a
 same bytes. The manifest comes last.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -16,7 +17,6 @@ import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,10 @@ def prepare_store(
             f"val_fraction is {val_fraction}; choose more than 0 and less than 1: training needs "
             "held-out documents to measure itself by."
         )
+    if num_workers is not None and num_workers < 1:
+        raise UserError(f"num_workers is {num_workers}; choose at least 1, or null for all cores.")
+    if not -(2**63) <= split_seed < 2**63:
+        raise UserError(f"split_seed is {split_seed}; choose a number of at most 63 bits.")
     if not sources:
         raise UserError("no source is given; `stdlib` is the one that is always there.")
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -93,24 +97,25 @@ def prepare_store(
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = data_dir / key
-    if (path / MANIFEST).exists():
-        return _reuse(path, verify, say)
+    if os.path.exists(path / MANIFEST):
+        return _reuse(path, sources, verify, say)
     say(f"tokens: preparing {path}: {_why_new(data_dir, path, settings)}.")
     for source in sources:
         say(f"  {source.licence_line()}")
         source.check()
     with disk_errors(path), _locked(path, say):
         if (path / MANIFEST).exists():  # made by another process while this one waited
-            return _reuse(path, verify, say)
+            return _reuse(path, sources, verify, say)
         job = _Job(path, sources, settings, token_dtype(tokenizer.vocab_size))
-        encoders = Encoders(tokenizer, job.dtype, num_workers or _cores())
         try:
+            encoders = Encoders(tokenizer, job.dtype, num_workers or _cores())
             job.run(encoders, tokenizer, say)
         except BaseException as error:
             job.leave(keep=not isinstance(error, NoText))
             raise
     store = TokenStore.open(path, verify="sizes")
     say(f"tokens: made {path} ({_summary(store)}).")
+    _name_commits(store, sources, say)
     return store
 
 
@@ -173,7 +178,14 @@ class _Job:
     def leave(self, keep: bool) -> None:
         """Remove what is not committed, and all of it unless there are commits to keep."""
         self.shards.discard()
-        if not (keep and any(self.done.shards.values())):
+        if (self.path / MANIFEST).exists():  # it is finished
+            return
+        committed = _Journal.load(self.path)  # not self.done: it may be ahead of the journal
+        if keep and committed is not None:
+            self.done = committed
+            with contextlib.suppress(OSError):  # the next run tries again
+                self._remove_uncommitted()
+        else:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def _begin(self, val_below: int | None) -> _Journal:
@@ -264,10 +276,23 @@ class _Job:
         (self.path / JOURNAL).unlink()
 
 
-def _reuse(path: Path, verify: Verify, say: Say) -> TokenStore:
+def _reuse(path: Path, sources: list[Source], verify: Verify, say: Say) -> TokenStore:
     store = TokenStore.open(path, verify=verify)
+    for source, report in zip(sources, store.manifest["sources"], strict=True):
+        report |= {"name": source.label, "licence": source.licence}  # they decide no token
     say(f"tokens: using {path} ({_summary(store)}).")
+    _name_commits(store, sources, say)
     return store
+
+
+def _name_commits(store: TokenStore, sources: list[Source], say: Say) -> None:
+    """Say which commit the tokens of a hub data set stay at, where none was asked for."""
+    for source, report in zip(sources, store.manifest["sources"], strict=True):
+        if source.hub is not None and source.revision is None and not os.path.isdir(source.hub):
+            say(
+                f"  {source.label}: these tokens stay those of commit "
+                f"{report['commit'] or '(unknown)'}; set its `revision` to choose one."
+            )
 
 
 def _summary(store: TokenStore) -> str:
@@ -284,7 +309,7 @@ def _summary(store: TokenStore) -> str:
 
 def _why_new(data_dir: Path, path: Path, settings: dict[str, Any]) -> str:
     """Say how the store asked for differs from the one there that is most like it."""
-    if path.exists():
+    if os.path.exists(path):
         return "an earlier run did not finish it"
     differing: list[tuple[list[str], str]] = []
     for found in sorted(data_dir.glob(f"*/{MANIFEST}")):
@@ -300,7 +325,7 @@ def _why_new(data_dir: Path, path: Path, settings: dict[str, Any]) -> str:
     return f"{' and '.join(changed)} differ{'s' if len(changed) == 1 else ''} from {nearest}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(path: Path, say: Say) -> Iterator[None]:
     """Hold the directory (made if missing) against other processes that prepare the same store."""
     while True:

@@ -149,15 +149,28 @@ class TokenStore:
         full = verify == "full" or (verify == "auto" and total <= FULL_CHECK_BYTES)
         for shard in shards:
             path = self.path / shard.file
-            size = path.stat().st_size if path.is_file() else None
-            if size is None:
-                raise _damaged(path, "is missing")
-            if size != shard.tokens * itemsize:
-                raise _damaged(path, f"holds {size:,} bytes instead of {shard.tokens * itemsize:,}")
-            if full and sha256_of(path) != shard.sha256:
-                raise _damaged(path, "is not the file that was written: its sha256 differs")
-            if verify == "auto" and not full and take_samples(path, size) != shard.samples:
-                raise _damaged(path, "is not the file that was written: a sample of it differs")
+            try:
+                wrong = _fault(path, shard, shard.tokens * itemsize, verify, full)
+            except OSError as error:
+                wrong = f"cannot be read ({error.strerror})"
+            if wrong:
+                raise _damaged(path, wrong)
+
+
+def _fault(path: Path, shard: Shard, expected: int, verify: Verify, full: bool) -> str | None:
+    """Return what is wrong with a shard's file, which should have `expected` bytes."""
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != expected:
+        return f"holds {size:,} bytes instead of {expected:,}"
+    with open(path, "rb"):
+        pass  # it can be read, whether or not it is now
+    if full and sha256_of(path) != shard.sha256:
+        return "is not the file that was written: its sha256 differs"
+    if verify == "auto" and not full and take_samples(path, size) != shard.samples:
+        return "is not the file that was written: a sample of it differs"
+    return None
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -173,12 +186,37 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read: {error}. Delete {path} to prepare anew.") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{file} is not the manifest of a token store.")
-    if manifest["version"] != VERSION:
+    if manifest.get("version") != VERSION:
         raise UserError(
-            f"{path} has format version {manifest['version']}; this phi_lit reads {VERSION}. "
+            f"{path} has format version {manifest.get('version')}; this phi_lit reads {VERSION}. "
             "Prepare it anew, or use the phi_lit that made it."
         )
+    try:
+        _look_through(manifest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file} is damaged: {type(error).__name__} {error}. Restore it from where you copied "
+            f"it, or delete {path} to prepare anew."
+        ) from None
     return manifest
+
+
+def _look_through(manifest: dict[str, Any]) -> None:
+    """Raise a KeyError, TypeError or ValueError unless everything that is ever read is there."""
+    np.dtype(manifest["dtype"])
+    manifest["digest"], manifest["duplicates"]
+    dict(manifest["settings"])
+    tokenizer = manifest["tokenizer"]
+    tokenizer["fingerprint"], int(tokenizer["vocab_size"]), int(tokenizer["eot_id"])
+    for split in SPLITS:
+        held = manifest["splits"][split]
+        int(held["documents"]), int(held["tokens"]), int(held["bytes"])
+        for shard in held["shards"]:
+            int(Shard(**shard).tokens)
+    for report in manifest["sources"]:
+        for key in ("name", "licence", "weight", "commit", "documents", "bytes"):
+            report[key]
+        dict(report["skipped"]["counts"]), list(report["skipped"]["examples"])
 
 
 def _damaged(path: Path, what: str) -> UserError:

@@ -1,11 +1,15 @@
 import base64
 import json
+import os
+import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from phi_lit.data.prepare import prepare
+from phi_lit.data.sources import open_source
 from phi_lit.data.tokens import TokenStore
 from phi_lit.errors import UserError
 
@@ -147,3 +151,94 @@ def test_without_a_login_nothing_is_prepared(tmp_path, corpus, tiny_tokenizer_di
     assert done.stderr.splitlines()[-1].startswith("phi_lit: error: cannot upload to me/tokens:")
     assert "hf auth login" in done.stderr
     assert not (tmp_path / "tokens").exists()
+
+
+def test_without_a_network_the_upload_is_refused_in_one_line(
+    tmp_path, corpus, tiny_tokenizer_dir, run_python
+):
+    nothing = SimpleNamespace(url="http://127.0.0.1:9")
+    done = run_prepare(
+        run_python, tmp_path, corpus, tiny_tokenizer_dir, nothing, "hf_write", check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("phi_lit: error: cannot upload to me/tokens:")
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_connection_that_breaks_while_reading_is_a_user_error(monkeypatch):
+    import datasets
+    import httpx
+
+    def rows():
+        yield {"text": "one"}
+        raise httpx.ReadTimeout("too slow")
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    source = open_source({"hub": "a/b"})
+    source.commit = "0" * 40
+    with pytest.raises(UserError, match="reading stopped: too slow"):
+        list(source.documents())
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+sys.argv[0] = "phi-lit"
+from phi_lit.__main__ import main
+main()
+"""
+
+
+def test_a_full_disk_is_one_line(tmp_path, corpus, tiny_tokenizer_dir, run_python):
+    for path in corpus.glob("0*.py"):
+        path.write_text(path.name * 200)
+    done = run_python(
+        "-c", LIMITED, "prepare", "--sources", corpus, "--tokenizer_dir", tiny_tokenizer_dir,
+        "--data_dir", tmp_path / "tokens", "--num_workers", "1", check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("phi_lit: error: cannot write")
+    assert "the file size limit is reached" in last
+    assert list((tmp_path / "tokens").iterdir()) == []
+
+
+def test_a_read_only_output_is_one_line(tmp_path, corpus, tiny_tokenizer_dir, run_python):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = False
+    if os.geteuid() == 0:  # permissions do not hold root back
+        mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)]
+        mounted = not subprocess.run(mount, capture_output=True, check=False).returncode
+        if not mounted:
+            pytest.skip("root writes everywhere, and a file system cannot be mounted here")
+    else:
+        disk.chmod(0o555)
+    try:
+        done = run_python(
+            "-m", "phi_lit", "prepare", "--sources", corpus, "--tokenizer_dir",
+            tiny_tokenizer_dir, "--data_dir", disk / "tokens", "--num_workers", "1", check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("phi_lit: error: cannot write")
+        assert ("the file system is read-only" if mounted else "permission denied") in last
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_store_that_is_reused_is_reported_as_this_call_names_it(
+    tmp_path, corpus, tiny_tokenizer_dir, capsys
+):
+    for name, licence in (("mine", "MIT"), ("ours", "BSD")):
+        sources = {"path": str(corpus), "name": name, "licence": licence}
+        prepare(sources, tiny_tokenizer_dir, tmp_path / "t", val_fraction=0.3, num_workers=1)
+        said = capsys.readouterr()
+        assert f"from {name}: 20 documents, 0.0 MB; licence {licence}" in said.out
+    assert "tokens: using" in said.err

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import resource
@@ -293,6 +294,34 @@ def test_what_is_no_store_is_refused(corpus, build, tmp_path):
         TokenStore.open(store.path)
 
 
+@pytest.mark.parametrize("key", ["version", "dtype", "digest", "settings", "splits", "sources"])
+def test_a_manifest_with_parts_missing_is_damaged_and_stops_no_other_store(corpus, build, key):
+    store = build(corpus)
+    manifest = {name: value for name, value in store.manifest.items() if name != key}
+    (store.path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="format version None" if key == "version" else "damaged"):
+        TokenStore.open(store.path)
+    assert build(corpus, val_fraction=0.2).path != store.path
+
+
+def test_a_shard_without_permission_is_damaged(corpus, build):
+    """As nobody, where this process is root: nothing is closed to root."""
+    path = build(corpus).path
+    (path / "val-00000.bin").chmod(0)
+    code = (
+        "import os, sys; from pathlib import Path; from phi_lit.data.tokens import TokenStore\n"
+        "os.geteuid() or os.setuid(65534)\n"
+        "TokenStore.open(Path(sys.argv[1]), verify='sizes')"
+    )
+    for directory in [path, *path.parents][:-1]:
+        if os.geteuid() == 0:
+            directory.chmod(directory.stat().st_mode | 0o055)
+    command = [sys.executable, "-c", code, str(path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    assert "UserError: token shard" in said
+    assert "val-00000.bin cannot be read (Permission denied)" in said
+
+
 # ------------------------------------------------------------------------- interruption and disk
 
 
@@ -373,6 +402,28 @@ def test_an_input_that_changed_meanwhile_is_read_from_the_start(
     assert contents(changed) == contents(straight)
 
 
+def test_an_error_leaves_only_what_the_journal_names(corpus, build, monkeypatch, tmp_path):
+    """The disk fails between a commit's two renames, after earlier commits."""
+    monkeypatch.setattr("phi_lit.data.stream.CHUNK_BYTES", 500)
+    real = os.replace
+
+    def fail(source, target):
+        if Path(target).name == "train-00002.bin":
+            real(source, target)
+            raise OSError(errno.ENOSPC, "full")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(UserError, match="the disk is full"):
+            build(corpus, shard_tokens=1500)
+    (path,) = (tmp_path / "tokens").iterdir()
+    shards = json.loads((path / "journal.json").read_text())["shards"]
+    named = {shard["file"] for split in shards.values() for shard in split}
+    assert {"train-00000.bin", "train-00001.bin"} <= named
+    assert {found.name for found in path.iterdir()} == {"journal.json", *named}
+
+
 def test_two_processes_at_once_make_one_store(tmp_path, corpus, tiny_tokenizer_dir):
     both = [start(tmp_path / "t", corpus, tiny_tokenizer_dir, pause=0.02) for _ in range(2)]
     said = [process.communicate()[1] for process in both]
@@ -450,6 +501,28 @@ def test_a_source_that_turns_out_empty_leaves_nothing(tmp_path, corpus, build):
 def test_a_validation_share_that_leaves_a_side_empty_is_refused(corpus, build, fraction):
     with pytest.raises(UserError, match="val_fraction is"):
         build(corpus, val_fraction=fraction)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_workers": 0}, {"num_workers": -1}, {"split_seed": 2**63}, {"split_seed": 1e99}]
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_made(corpus, build, tmp_path, wrong):
+    with pytest.raises(UserError, match=f"{next(iter(wrong))} is"):
+        build(corpus, **wrong)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_the_commit_of_a_hub_source_without_revision_is_told(tmp_path, build, monkeypatch):
+    import datasets
+
+    texts = datasets.IterableDataset.from_generator(lambda: ({"text": f"{i}"} for i in range(50)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: texts)
+    monkeypatch.setattr("phi_lit.data.hub._commit", lambda *_: ("c" * 40, None))
+    for _ in range(2):  # made, then used
+        build("some/set")
+        assert f"some/set: these tokens stay those of commit {'c' * 40}" in build.said[-1]
+    build({"hub": "some/set", "revision": "main"})
+    assert not [line for line in build.said if "stay those of" in line]
 
 
 def test_no_source_at_all_is_refused(build):
