@@ -157,6 +157,11 @@ def step_once(run: Run, *, stop: bool) -> bool:
     # be spread unevenly over micro-batches and ranks. Ranks' gradients are averaged, hence the
     # number of ranks.
     total = _total(fabric, sum(int((targets != IGNORE).sum()) for _, targets in batches))
+    if not total:
+        run.monitor.say(
+            f"step {step + 1}: not one target among its rows; are the answers cut off by "
+            "max_seq_length?"
+        )
     denominator = max(total, 1) / fabric.world_size
     loss_sum = torch.zeros((), device=fabric.device)
     for micro, (inputs, targets) in enumerate(batches):

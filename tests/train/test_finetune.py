@@ -63,7 +63,12 @@ def test_masked_examples_train_on_their_answers_only_and_resume(
     path.write_text(json.dumps(examples))
     data = {
         "class_path": "litgpt.data.JSON",
-        "init_args": {"json_path": str(path), "val_split_fraction": 0.2, "mask_prompt": True},
+        "init_args": {
+            "json_path": str(path),
+            "val_split_fraction": 0.2,
+            "mask_prompt": True,
+            "prompt_style": {"class_path": "litgpt.prompts.Default"},
+        },
     }
     changes: dict[str, Any] = {"data": data, "train": {"micro_batch_size": 2, "max_steps": 8}}
     whole = finetune(tmp_path / "whole", **changes)
@@ -88,7 +93,7 @@ def test_uneven_masks_weigh_by_token_not_by_micro_batch(
         "class_path": "litgpt.data.JSON",
         "init_args": {
             "json_path": str(path), "val_split_fraction": 0.2, "mask_prompt": True,
-            "prompt_style": "default",
+            "prompt_style": {"class_path": "litgpt.prompts.Default"},
         },
     }  # fmt: skip
     found = {
@@ -113,7 +118,7 @@ def test_nothing_of_ours_asked_runs_litgpts_own_finetuning(
     path = tmp_path / "examples.json"
     path.write_text(json.dumps([{"instruction": "a", "input": "", "output": "b"}] * 12))
     out = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", ["finetune_full", "--checkpoint_dir", str(tiny_checkpoint_dir)])
+    monkeypatch.setattr("sys.argv", ["litgpt", "finetune_full", str(tiny_checkpoint_dir)])
     from litgpt.args import EvalArgs
     from litgpt.data import JSON
 
@@ -125,11 +130,11 @@ def test_nothing_of_ours_asked_runs_litgpts_own_finetuning(
         precision="32-true",
         data=JSON(json_path=path, val_split_fraction=0.2, num_workers=0),
         train=TrainArgs(
-            global_batch_size=2, micro_batch_size=1, epochs=1, max_steps=1, lr_warmup_steps=1,
+            global_batch_size=2, micro_batch_size=1, epochs=2, max_steps=2, lr_warmup_steps=1,
             max_seq_length=32, save_interval=1,
         ),
         eval=EvalArgs(interval=100, max_iters=1, max_new_tokens=2, final_validation=False),
     )  # fmt: skip
-    state = torch.load(out / "step-000001" / "lit_model.pth", weights_only=False)
+    state = torch.load(out / "step-000002" / "lit_model.pth", weights_only=False)
     assert "scheduler" in state, "LitGPT's own loop saves its scheduler; ours has none"
     assert not (out / "metrics.jsonl").exists()
