@@ -1,4 +1,4 @@
-"""What the documents say can be followed: links lead somewhere, YAML is accepted, commands exist."""
+"""What the documents say can be followed: links, YAML, commands and files are there."""
 
 import re
 from pathlib import Path
