@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from phi_lit.data.rows import RowLoader, RowOrder
+from phi_lit.errors import UserError
 from phi_lit.train.init import seeded
 
 IGNORE = -100
@@ -151,6 +152,12 @@ def make_feed(
         return RowFeed(loader)
     dataset = getattr(loader, "dataset", None)
     if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        if world > 1 and not type(loader).__module__.startswith("litdata"):
+            raise UserError(
+                f"{type(loader).__name__} deals every one of {world} ranks the same rows, "
+                "because its data set can only be read forward; use one device, CodeTextbook, or a "
+                "data set with a length"
+            )
         return StreamFeed(
             loader, micro_batch=micro_batch, world=world, seed=seed, max_seq_length=max_seq_length
         )

@@ -159,8 +159,11 @@ def _existing(directory: Path | None) -> Path | None:
 def _train(job: Job, run: Run) -> None:
     """Train to the end and leave `final/`, the loss curve and a summary."""
     fabric, course = run.fabric, run.course
+    last = run.out_dir / f"step-{course.steps:08d}"
     if run.place.step >= course.steps:
         fabric.print(f"nothing to do: this run already ended at step {run.place.step}")
+        if not last.is_dir():  # resumed from a directory elsewhere
+            return
     if job.eval.initial_validation and run.place.step == 0:
         validate(run)
     try:
@@ -173,7 +176,6 @@ def _train(job: Job, run: Run) -> None:
     if job.eval.final_validation and not is_due(course.steps, course.validate_every):
         validate(run)
     if fabric.global_rank == 0:
-        last = run.out_dir / f"step-{run.place.step:08d}"
         if checkpoint.read_manifest(last)["sharded"]:
             checkpoint.consolidate(last)
         checkpoint.copy_as_final(last, run.out_dir / "final")
@@ -203,7 +205,8 @@ def _summarize(job: Job, run: Run) -> None:
     if run.monitor.steps:
         tokens = run.monitor.steps * run.monitor.tokens_per_step
         lines["training time"] = f"{run.monitor.seconds:,.1f} s in this process"
-        lines["speed"] = f"{tokens / run.monitor.seconds:,.0f} tokens/s"
+        speed = tokens / run.monitor.seconds
+        lines["speed"] = f"{speed:,.0f} tokens/s, {run.monitor.mfu(speed):.1%} MFU (6N + 12LdT)"
     lines["memory"] = f"{memory(run.fabric)['memory_gb']:.2f} GB"
     if run.place.skipped:
         lines["skipped steps"] = f"{run.place.skipped:,}"

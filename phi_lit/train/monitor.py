@@ -62,12 +62,12 @@ class Monitor:
         done: optimizer steps done before (a resumed run).
         tokens_per_step: of all ranks together.
         flops_per_token: forward and backward, counted as 6N + 12LdT.
-        peak_flops: of all devices together, or None where unknown.
+        peak_flops: of all devices together, per second.
     """
 
     def __init__(
         self, fabric: Fabric, out_dir: Path, *, total: int, done: int, tokens_per_step: int,
-        flops_per_token: float, peak_flops: float | None,
+        flops_per_token: float, peak_flops: float,
     ) -> None:  # fmt: skip
         self._fabric = fabric
         self.tokens_per_step = tokens_per_step
@@ -96,7 +96,7 @@ class Monitor:
         figures = {
             **figures,
             "tokens_per_second": speed,
-            **self._mfu(speed),
+            "mfu": self.mfu(speed),
             **memory(self._fabric),
         }
         self._progress.note(**_brief(figures))
@@ -120,10 +120,9 @@ class Monitor:
         times = sorted(self._times)
         return self.tokens_per_step / max(times[len(times) // 2], 1e-9)
 
-    def _mfu(self, tokens_per_second: float) -> dict[str, float]:
-        if self._peak_flops is None:
-            return {}
-        return {"mfu": tokens_per_second * self._flops_per_token / self._peak_flops}
+    def mfu(self, tokens_per_second: float) -> float:
+        """Return the share of the devices' peak that a speed is, counted as 6N + 12LdT."""
+        return tokens_per_second * self._flops_per_token / self._peak_flops
 
     def validated(self, *, step: int, loss: float, seconds: float) -> None:
         """Take note of a held-out loss, in nats per token."""
@@ -161,7 +160,6 @@ def memory(fabric: Fabric) -> dict[str, float]:
 def _brief(figures: dict[str, float]) -> dict[str, str]:
     brief = {"loss": f"{figures['loss']:.3f}", "lr": f"{figures['learning_rate']:.1e}"}
     brief["tok/s"] = f"{figures['tokens_per_second']:,.0f}"
-    if "mfu" in figures:
-        brief["MFU"] = f"{figures['mfu']:.0%}"
+    brief["MFU"] = f"{figures['mfu']:.0%}"
     brief["GB"] = f"{figures['memory_gb']:.1f}"
     return brief

@@ -51,8 +51,10 @@ def parse_optimizer(optimizer: str | dict[str, Any]) -> tuple[type[Optimizer], d
     """
     if isinstance(optimizer, str):
         path, init_args = optimizer, {}
-    else:
+    elif "class_path" in optimizer:
         path, init_args = optimizer["class_path"], dict(optimizer.get("init_args") or {})
+    else:
+        raise UserError(f"optimizer has no class_path, only {', '.join(optimizer) or 'nothing'}")
     module_name, _, class_name = path.rpartition(".")
     module_name = module_name or "torch.optim"
     try:
@@ -69,6 +71,8 @@ def parse_optimizer(optimizer: str | dict[str, Any]) -> tuple[type[Optimizer], d
             f"optimizer {path!r}: {module_name} has no {class_name!r}."
             f"{did_you_mean(class_name, names)}"
         ) from None
+    if not (isinstance(found, type) and hasattr(found, "step")):
+        raise UserError(f"optimizer {path!r} is not a class of optimizers")
     known = inspect.signature(found).parameters
     unknown = [name for name in init_args if name not in known]
     if unknown:
@@ -79,7 +83,10 @@ def parse_optimizer(optimizer: str | dict[str, Any]) -> tuple[type[Optimizer], d
         if isinstance(value, list):
             init_args[name] = tuple(value)  # YAML has no tuples; betas must compare equal later
         elif isinstance(value, str) and name not in ("adjust_lr_fn", "mode"):
-            init_args[name] = float(value)  # YAML 1.1 reads 1e-4 as text
+            try:
+                init_args[name] = float(value)  # YAML 1.1 reads 1e-4 as text
+            except ValueError:
+                raise UserError(f"optimizer {path}: {name} is {value!r}, not a number") from None
     return found, init_args
 
 
@@ -107,7 +114,11 @@ def build_optimizer(
     if cls.__name__ in FUSED_WHEN_SHARDED and "fused" not in init_args:
         kinds = {parameter.device.type for parameter in parameters.values()}
         init_args["fused"] = kinds <= {"cpu", "cuda"}
-    return [cls(_groups(parameters, matrices, others, weight_decay_on), **init_args)]
+    groups = _groups(parameters, matrices, others, weight_decay_on)
+    try:
+        return [cls(groups, **init_args)]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer {cls.__name__}: {str(error).splitlines()[0]}") from error
 
 
 def _divide(names: list[str], matrices: list[str]) -> tuple[list[str], list[str]]:

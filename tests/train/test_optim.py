@@ -64,6 +64,9 @@ def test_yaml_numbers_and_lists_become_what_optimizers_want() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ({"class_path": "torch.optim.AdamW", "init_args": {"lr": "fast"}}, "lr is 'fast'"),
+        ({"init_args": {"lr": 1}}, "has no class_path"),
+        ("lr_scheduler", "not a class of optimizers"),
         ("AdamV", "Did you mean 'Adam'"),
         ("no_such_package.Adam", "cannot import no_such_package"),
         (
@@ -75,6 +78,12 @@ def test_yaml_numbers_and_lists_become_what_optimizers_want() -> None:
 def test_unknown_optimizers_are_refused_by_name(spec: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_optimizer(spec)  # type: ignore[arg-type]
+
+
+def test_values_that_an_optimizer_refuses_are_one_line(model: GPT) -> None:
+    spec = {"class_path": "torch.optim.AdamW", "init_args": {"lr": -1.0}}
+    with pytest.raises(UserError, match="AdamW: Invalid learning rate"):
+        build_optimizer(model, spec)
 
 
 def test_normal_init_has_the_released_standard_deviation(model: GPT) -> None:
