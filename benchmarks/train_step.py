@@ -73,14 +73,17 @@ def build(kind: str, width: int, layers: int, length: int, rows: int, precision:
 
 
 def step_of(
-    loss_of: Callable[[], Any], parameters: list[Any], optimizer: Any
+    loss_of: Callable[[], Any],
+    parameters: list[Any],
+    optimizer: Any,
+    backward: Callable[[Any], None] = lambda loss: loss.backward(),
 ) -> Callable[[], float]:
-    """Join the parts of a step that are the same for all."""
+    """Join the parts of a step that are the same for all (Fabric wants its own `backward`)."""
     from torch.nn.utils import clip_grad_norm_
 
     def step() -> float:
         loss = loss_of()
-        loss.backward()
+        backward(loss)
         clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -102,7 +105,10 @@ def litgpt(compiled: bool) -> Callable[..., Any]:
         model = fabric.setup(torch.compile(model) if compiled else model)
         optimizer = torch.optim.AdamW(model.parameters(), fused=fused, **ADAMW)
         return step_of(
-            lambda: chunked_cross_entropy(model(ids), targets), list(model.parameters()), optimizer
+            lambda: chunked_cross_entropy(model(ids), targets),
+            list(model.parameters()),
+            optimizer,
+            fabric.backward,
         )
 
     return make
@@ -123,7 +129,8 @@ def ours(compiled: bool) -> Callable[..., Any]:
             compile_blocks(model.gpt)
         wrapped = fabric.setup_module(model)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
-        return step_of(lambda: wrapped(ids, targets), list(model.parameters()), optimizer)
+        parameters = list(model.parameters())
+        return step_of(lambda: wrapped(ids, targets), parameters, optimizer, fabric.backward)
 
     return make
 

@@ -25,13 +25,14 @@ from phi_lit.errors import UserError
 from phi_lit.train import checkpoint, state
 from phi_lit.train.checkpoint import Place
 from phi_lit.train.checkpointing import apply_activation_checkpointing
+from phi_lit.train.course import Course, plan_course
 from phi_lit.train.devices import peak_for
 from phi_lit.train.dropout import apply_dropout
 from phi_lit.train.feed import Feed, make_feed
 from phi_lit.train.flops import count_parameters, flops_per_token_6n_12ldt
 from phi_lit.train.init import initialize
 from phi_lit.train.job import Job, Machine, plain
-from phi_lit.train.loop import Course, Run, unwrapped
+from phi_lit.train.loop import Run, unwrapped
 from phi_lit.train.microbatch import largest_micro_batch, refuse_what_cannot_fit
 from phi_lit.train.model import LossModel, compile_blocks
 from phi_lit.train.monitor import Monitor
@@ -147,49 +148,7 @@ def make_job_feed(job: Job, fabric: Fabric, micro_batch: int) -> Feed:
     )
 
 
-# ------------------------------------------------------------------------------------------ course
-
-
-def plan_course(
-    job: Job, rows_per_epoch: int | None, rows_per_micro_step: int | None = None
-) -> Course:
-    """Turn max_steps, max_tokens, epochs and warm-up into optimizer steps."""
-    train = job.train
-    rows = train.global_batch_size
-    limits = []
-    if train.max_steps is not None:
-        limits.append(train.max_steps)
-    if train.max_tokens is not None:
-        limits.append(train.max_tokens // (rows * job.length))
-    if train.epochs is not None and rows_per_epoch is not None:
-        limits.append(train.epochs * rows_per_epoch // rows)
-    if not limits:
-        raise UserError("nothing says when to stop: set train.max_steps, max_tokens or epochs")
-    steps = min(limits)
-    if steps < 1:
-        raise UserError(
-            f"the run would end before its first step: a step takes {rows} rows of {job.length} "
-            f"tokens = {rows * job.length:,} tokens; max_tokens is {train.max_tokens}, and the "
-            f"data hold {rows_per_epoch} rows; lower train.global_batch_size or train longer"
-        )
-    total = train.lr_total_steps or steps
-    if train.lr_warmup_fraction and rows_per_epoch:
-        warmup = math.ceil(train.lr_warmup_fraction * rows_per_epoch / rows)
-    else:
-        warmup = train.lr_warmup_steps or 0
-    return Course(
-        steps=steps,
-        rows_per_epoch=rows_per_epoch,
-        schedule=train.lr_schedule or "cosine",
-        warmup=min(warmup, total),
-        schedule_steps=total,
-        decay=train.lr_decay_steps or total // 10,
-        floor=train.min_lr,
-        accumulate=rows // (rows_per_micro_step or rows),
-        global_batch_size=rows,
-        validate_every=job.eval.interval,
-        validate_batches=job.eval.max_iters,
-    )
+# ------------------------------------------------------------------------------------------ resume
 
 
 def find_checkpoint(job: Job, fabric: Fabric, out_dir: Path) -> Path | None:

@@ -25,49 +25,13 @@ from phi_lit.errors import UserError
 from phi_lit.train import checkpoint, state
 from phi_lit.train.args import TrainArgs
 from phi_lit.train.checkpoint import Background, Place
+from phi_lit.train.course import Course
 from phi_lit.train.feed import IGNORE, Feed, pair
 from phi_lit.train.init import reseed
 from phi_lit.train.monitor import Monitor
-from phi_lit.train.schedule import learning_rate
 
 EXPLODED = 3.0
 """A loss above this many times that of a uniform guess counts as exploded."""
-
-
-@dataclass(frozen=True)
-class Course:
-    """The numbers that a run follows, all in optimizer steps."""
-
-    steps: int
-    """Where the run ends."""
-    rows_per_epoch: int | None
-    """Rows in one pass over the data, or None where unknown."""
-    schedule: str
-    warmup: int
-    schedule_steps: int
-    """What the schedule is aimed at; a run may end earlier."""
-    decay: int
-    floor: float
-    """The lowest learning rate of the schedule."""
-    accumulate: int
-    """Micro-batches per step and rank."""
-    global_batch_size: int
-    """Rows per step, all ranks together."""
-    validate_every: int
-    validate_batches: int
-    """Micro-batches per validation, all ranks together."""
-
-    def rate(self, step: int, peak: float) -> float:
-        """Return the learning rate of a step, counted from 0, for a peak rate."""
-        return learning_rate(
-            step,
-            self.schedule,
-            peak=peak,
-            floor=min(self.floor, peak),
-            warmup=self.warmup,
-            total=self.schedule_steps,
-            decay=self.decay,
-        )
 
 
 @dataclass
