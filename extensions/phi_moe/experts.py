@@ -1,7 +1,7 @@
 """The experts of a layer, and the choice of how to multiply with them.
 
-Letters in tensor names: N tokens, D hidden size, E experts, K experts per token, S = N * K visits of
-tokens to experts, F inner size.
+Letters in tensor names: N tokens, D hidden size, E experts, K experts per token, S = N * K visits
+of tokens to experts, F inner size.
 """
 
 from collections.abc import Callable
