@@ -14,6 +14,7 @@ import re
 import struct
 import warnings
 import zlib
+from itertools import pairwise
 from pathlib import Path
 
 BOOKS = {
@@ -79,10 +80,7 @@ def chapters(lines: list[str]) -> list[str]:
     """Cut a novel before every line that is a chapter's heading; the title goes to the first."""
     starts = [number for number, line in enumerate(lines) if CHAPTER.fullmatch(line.strip())]
     bounds = [0, *starts[1:], len(lines)]
-    return [
-        "\n".join(lines[first:last]).strip() + "\n"
-        for first, last in zip(bounds, bounds[1:], strict=False)
-    ]
+    return ["\n".join(lines[first:last]).strip() + "\n" for first, last in pairwise(bounds)]
 
 
 def find(package: Path, name: str) -> Path:

@@ -28,6 +28,7 @@ from phi_lit.train.checkpointing import apply_activation_checkpointing
 from phi_lit.train.course import Course, plan_course
 from phi_lit.train.devices import peak_for
 from phi_lit.train.dropout import apply_dropout
+from phi_lit.train.experts import Experts, apply_expert_options, architecture, expert_settings
 from phi_lit.train.feed import Feed, make_feed
 from phi_lit.train.flops import count_parameters, flops_per_token_6n_12ldt
 from phi_lit.train.init import initialize
@@ -93,6 +94,7 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
         held_out=job.data.val_dataloader, course=course, train=job.train, place=place,
         monitor=monitor, out_dir=out_dir, seed=job.arguments["seed"], identity=identity,
         write_side_files=side_files(job), uniform_loss=math.log(job.config.padded_vocab_size or 2),
+        experts=Experts.of(model.gpt, job.train.balance_bias_rate),
         sample=sampler(job, fabric, model),
     )  # fmt: skip
 
@@ -187,6 +189,11 @@ def describe(job: Job, machine: Machine, course: Course) -> dict[str, Any]:
         "dropout": {"attention": train.attention_dropout, "residual": train.residual_dropout},
         "precision": machine.precision,
         "seed": job.arguments["seed"],
+        **(
+            {"experts": experts}
+            if (experts := {**architecture(job.config), **expert_settings(train)})
+            else {}
+        ),
     }
     return json.loads(json.dumps(description, default=str))
 
@@ -223,6 +230,7 @@ def build_model(job: Job, *, first_weights: bool) -> LossModel:
     if first_weights and job.weights_dir is not None:
         checkpoint.load_weights(gpt, job.weights_dir)
     gpt.max_seq_length = job.length
+    apply_expert_options(gpt, train)
     apply_dropout(
         gpt, attention=train.attention_dropout or 0.0, residual=train.residual_dropout or 0.0
     )

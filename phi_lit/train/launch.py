@@ -25,6 +25,7 @@ from phi_lit.registry import VOCABULARY
 from phi_lit.train import checkpoint
 from phi_lit.train.args import TrainArgs, raise_together
 from phi_lit.train.build import build
+from phi_lit.train.experts import expert_faults
 from phi_lit.train.job import Job, Machine, flat, plain
 from phi_lit.train.loop import Run, Stopped, fit, is_due, validate
 from phi_lit.train.monitor import memory, read_record
@@ -92,6 +93,7 @@ def check(job: Job, machine: Machine) -> None:
         cpu_offload=arguments["cpu_offload"],
     )
     faults += _batch_faults(train, machine.world)
+    faults += expert_faults(train, job.config)
     if arguments["resume"] and arguments.get("initial_checkpoint_dir"):
         faults.append("resume and initial_checkpoint_dir are both given; choose one")
     length = train.max_seq_length
@@ -187,6 +189,7 @@ def _train(job: Job, run: Run) -> None:
 def _summarize(job: Job, run: Run) -> None:
     """Draw the loss curve and print what a reader wants to know at the end."""
     from phi_lit.train.plot import plot_losses
+    from phi_lit.train.plot_experts import plot_experts
 
     rows = read_record(run.out_dir)
     entropy = getattr(job.data, "unigram_entropy", lambda: None)()
@@ -196,6 +199,9 @@ def _summarize(job: Job, run: Run) -> None:
         title=f"{job.command} {job.config.name}",
         reference={} if entropy is None else {"unigram entropy": entropy},
     )
+    routed = any("experts" in row for row in rows)
+    if routed:
+        plot_experts(rows, run.out_dir / "experts.png", title=f"{job.command} {job.config.name}")
     held_out = [row["val_loss"] for row in rows if "val_loss" in row]
     lines = {"steps": f"{run.place.step:,}", "tokens": f"{rows[-1]['tokens']:,}" if rows else "0"}
     if held_out:
@@ -211,6 +217,8 @@ def _summarize(job: Job, run: Run) -> None:
     if run.place.skipped:
         lines["skipped steps"] = f"{run.place.skipped:,}"
     lines["loss curve"] = str(run.out_dir / "losses.png")
+    if routed:
+        lines["expert load"] = str(run.out_dir / "experts.png")
     lines["checkpoint"] = str(run.out_dir / "final")
     width = max(map(len, lines))
     for name, value in lines.items():

@@ -26,6 +26,7 @@ from phi_lit.train import checkpoint, state
 from phi_lit.train.args import TrainArgs
 from phi_lit.train.checkpoint import Background, Place
 from phi_lit.train.course import Course
+from phi_lit.train.experts import Experts
 from phi_lit.train.feed import IGNORE, Feed, pair
 from phi_lit.train.init import reseed
 from phi_lit.train.monitor import Monitor
@@ -61,6 +62,8 @@ class Run:
     """Writes what makes a checkpoint directory LitGPT's: config, tokenizer, prompt style."""
     uniform_loss: float
     """Loss of a uniform guess: ln(vocabulary)."""
+    experts: Experts
+    """The model's layers of experts, if it has any."""
     sample: Callable[[], str] | None = None
     """Lets the model write, or None."""
     background: Background | None = None
@@ -128,25 +131,30 @@ def step_once(run: Run, *, stop: bool) -> bool:
         )
     denominator = max(total, 1) / fabric.world_size
     loss_sum = torch.zeros((), device=fabric.device)
+    run.experts.begin(fabric, [inputs.numel() for inputs, _ in batches])
     for micro, (inputs, targets) in enumerate(batches):
         reseed(run.seed, step, micro, fabric.global_rank)
+        run.experts.weigh(micro, _loss_scale(fabric))
         last = micro == course.accumulate - 1
         with fabric.no_backward_sync(run.module, enabled=not last):
             loss = run.module(fabric.to_device(inputs), fabric.to_device(targets), denominator)
             fabric.backward(loss)
+        run.experts.note(micro)
         loss_sum += loss.detach().float() / fabric.world_size
     mean, stop = _reduce(fabric, loss_sum, stop)
     norm = _clip(run)
-    if _is_good(run, mean, norm):
+    good = _is_good(run, mean, norm)
+    if good:
         for optimizer in run.optimizers:
             optimizer.step()
     else:
         _handle_bad(run, mean, norm)
+    routed = run.experts.finish(fabric, move_biases=good)
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
     run.place.step += 1
     run.place.rows = run.feed.position
-    _report(run, mean, norm, seconds=time.perf_counter() - began)
+    _report(run, mean, norm, routed, seconds=time.perf_counter() - began)
     return stop
 
 
@@ -184,6 +192,11 @@ def _scaler(fabric: Fabric) -> Any:
     return getattr(fabric._precision, "scaler", None)
 
 
+def _loss_scale(fabric: Fabric) -> float:
+    scaler = _scaler(fabric)
+    return 1.0 if scaler is None else scaler.get_scale()
+
+
 def _is_good(run: Run, loss: float, norm: float) -> bool:
     # With a loss scale an infinite gradient is ordinary: the scaler leaves the step out itself.
     norm_is_good = math.isfinite(norm) or _scaler(run.fabric) is not None
@@ -208,14 +221,15 @@ def _handle_bad(run: Run, loss: float, norm: float) -> None:
     )
 
 
-def _report(run: Run, loss: float, norm: float, *, seconds: float) -> None:
+def _report(run: Run, loss: float, norm: float, routed: dict[str, Any], *, seconds: float) -> None:
     scaler = _scaler(run.fabric)
-    figures = {
+    figures: dict[str, Any] = {
         "loss": loss,
         "learning_rate": run.course.rate(run.place.step - 1, run.peaks[0][0]),
         "grad_norm": norm,
         **({} if scaler is None else {"loss_scale": scaler.get_scale()}),
         **({"skipped": run.place.skipped} if run.place.skipped else {}),
+        **routed,
     }
     if run.feed.rows_per_epoch:
         figures["epoch"] = run.feed.position / run.feed.rows_per_epoch
