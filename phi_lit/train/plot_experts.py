@@ -47,7 +47,7 @@ def plot_experts(rows: Sequence[Mapping[str, Any]], png: Path, title: str) -> Pa
     load_SLE = np.array([row["experts"]["load"] for row in drawn], dtype=float)
     entropy_SL = np.array([row["experts"]["entropy"] for row in drawn], dtype=float)
     fair_SLE = load_SLE * load_SLE.shape[2] / 1000
-    write_atomic(png, _draw(*(_thinned(x) for x in (tokens, fair_SLE, entropy_SL)), title))
+    write_atomic(png, _draw(_thinned(tokens), _thinned(fair_SLE), _thinned(entropy_SL), title))
     return png
 
 
