@@ -21,6 +21,7 @@ COMMANDS = {
     "tokenizer train": "phi_lit.data.tokenizer:train",
     "tokenizer codegen": "phi_lit.data.tokenizer:codegen",
     "plan": "phi_lit.train.plan:plan",
+    "upcycle": "phi_lit.upcycle:upcycle",
     "consolidate": "phi_lit.train.checkpoint:consolidate",
     "configs": "phi_lit.configs:configs",
 }

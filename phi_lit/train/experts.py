@@ -1,12 +1,12 @@
 """What the loop does for layers of experts: weigh their losses, balance their load, watch them.
 
 A layer attaches its own losses to the graph in its forward, times its `auxiliary_scale`: here that
-becomes the micro-batch's share of the step's tokens, so that a step's gradient is that of the mean
-over all its tokens, wherever they lie. Balancing without a loss (DeepSeek, arXiv 2408.15664) moves
-each expert's selection bias after a step by the load of the whole step. Layers are found by what
-they have and not by their class, so any module with the same attributes is served:
-`balance_loss_weight`, `z_loss_weight`, `jitter`, `auxiliary_scale` (set here), `routing` (read
-here, the figures of the last forward) and a buffer `selection_bias` (or None).
+becomes the micro-batch's share of the step's tokens (padding too: it is routed like any other), so
+that a step's gradient is that of the mean over its micro-batches, wherever they run. Balancing
+without a loss (DeepSeek, arXiv 2408.15664) moves each expert's selection bias after a step by the
+load of the whole step. Layers are found by what they have and not by their class:
+`balance_weight`, `router_z_weight`, `jitter`, `auxiliary_scale` (set here), `routing` (read here:
+`load_E`, `entropy`, `balance_loss`), `kept` and `gate.selection_bias`.
 """
 
 from dataclasses import dataclass, field
@@ -57,8 +57,8 @@ def expert_layers(module: nn.Module) -> list[Any]:
 def apply_expert_options(gpt: nn.Module, train: TrainArgs) -> None:
     """Tell every layer of experts which losses to attach and how much noise to route with."""
     for layer in expert_layers(gpt):
-        layer.balance_loss_weight = train.balance_loss or 0.0
-        layer.z_loss_weight = train.router_z_loss or 0.0
+        layer.balance_weight = train.balance_loss or 0.0
+        layer.router_z_weight = train.router_z_loss or 0.0
         layer.jitter = train.router_jitter or 0.0
 
 
@@ -81,8 +81,6 @@ class Experts:
     """
 
     layers: list[Any]
-    kept: int = 0
-    """Experts that a token visits per layer."""
     bias_rate: float = 0.0
     """How far an expert's selection bias moves after a step."""
     _tokens: list[int] = field(default_factory=list)
@@ -94,7 +92,7 @@ class Experts:
     @classmethod
     def of(cls, gpt: GPT, bias_rate: float | None = None) -> "Experts":
         """Return the expert layers of a model."""
-        return cls(expert_layers(gpt), gpt.config.n_expert_per_token, bias_rate or 0.0)
+        return cls(expert_layers(gpt), bias_rate or 0.0)
 
     def begin(self, fabric: Fabric, tokens: list[int]) -> None:
         """Start a step; `tokens` counts those of each micro-batch of this rank."""
@@ -115,8 +113,13 @@ class Experts:
             micro: counted from 0.
             loss_scale: fp16's, which multiplies every other gradient through the loss.
         """
+        if not self.layers:
+            return
+        share = self._tokens[micro] / self._total * self._ranks
+        # A tensor, because compiled code would be made anew for every other number.
+        scale = torch.tensor(share * loss_scale, device=self.layers[0].gate.weight.device)
         for layer in self.layers:
-            layer.auxiliary_scale = self._tokens[micro] / self._total * self._ranks * loss_scale
+            layer.auxiliary_scale = scale
 
     @torch.no_grad()
     def note(self, micro: int) -> None:
@@ -124,7 +127,7 @@ class Experts:
         if not self.layers:
             return
         routings = [layer.routing for layer in self.layers]
-        load_LE = torch.stack([routing.load for routing in routings]).double()
+        load_LE = torch.stack([routing.load_E for routing in routings]).double()
         figures_L2 = torch.stack(
             [torch.stack([routing.entropy, routing.balance_loss]) for routing in routings]
         ).double() * (self._tokens[micro] / self._total)
@@ -147,8 +150,10 @@ class Experts:
         load_LE, figures_L2 = sums[:, :-2], sums[:, -2:].cpu()
         if move_biases and self.bias_rate:
             for layer, load_E in zip(self.layers, load_LE, strict=True):
-                rebalance(layer.selection_bias, load_E, self.bias_rate)
-        return summary(load_LE.cpu(), figures_L2, assignments=round(self._total) * self.kept)
+                rebalance(layer.gate.selection_bias, load_E, self.bias_rate)
+        return summary(
+            load_LE.cpu(), figures_L2, assignments=round(self._total) * self.layers[0].kept
+        )
 
 
 def summary(load_LE: Tensor, figures_L2: Tensor, *, assignments: int) -> dict[str, Any]:
