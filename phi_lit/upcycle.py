@@ -14,7 +14,7 @@ Letters in tensor names: E experts, P parts of the MLP, F inner size of an exper
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +82,13 @@ def upcycle(
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
     check_valid_checkpoint_dir(checkpoint_dir, ignore_tokenizer_files=True)
     dense = Config.from_file(checkpoint_dir / "model_config.yaml")
+    if dense.n_expert:
+        raise UserError(f"{checkpoint_dir} has {dense.n_expert} experts per layer already.")
+    if dense.mlp_class_name not in KINDS:
+        raise UserError(
+            f"{checkpoint_dir} has MLPs of the kind {dense.mlp_class_name}; only "
+            f"{' and '.join(KINDS)} can be upcycled."
+        )
     changes = {
         "n_expert": n_expert, "n_expert_per_token": n_expert_per_token,
         "moe_intermediate_size": moe_intermediate_size,
@@ -114,10 +121,10 @@ def target_config(
         moe: keys of `hf_config["moe"]`, likewise; those that are None say nothing.
     """
     if model_name is not None:
-        base = vars(Config.from_name(model_name))
+        base = asdict(Config.from_name(model_name))
     else:
         kept = changes.get("n_expert_per_token", 2)
-        base = vars(dense) | {
+        base = asdict(dense) | {
             "name": f"{dense.name}-moe", "mlp_class_name": "PhiMoE", "n_expert": 8,
             "n_expert_per_token": kept,
             "moe_intermediate_size": dense.intermediate_size // max(kept, 1),
@@ -133,12 +140,8 @@ def faults(
     dense: Config, config: Config, checkpoint_dir: Path, out_dir: Path, noise: float
 ) -> list[str]:
     """Return what keeps this dense model from becoming that one with experts, a sentence each."""
-    if dense.n_expert:
-        return [f"{checkpoint_dir} has {dense.n_expert} experts per layer already"]
     if config.mlp_class_name != "PhiMoE":
         return [f"{config.name} is a model without experts of phi_lit; phi1-nano-moe is one with"]
-    if dense.mlp_class_name not in KINDS:
-        return [f"{dense.name} has {dense.mlp_class_name}; {' and '.join(KINDS)} can be upcycled"]
     from extensions.phi_moe import Settings
 
     settings = Settings.of(config)
@@ -246,13 +249,11 @@ def fill_with_copies(layer: nn.Module, mlp: dict[str, Tensor], noise: float) -> 
     experts = layer.experts
     n_expert, _, inner = experts.proj.shape
     parts = mlp["proj.weight"].shape[1] // inner
-    gated = "fc_1.weight" in mlp
+    firsts = ("fc_1", "fc_2") if "fc_1.weight" in mlp else ("fc",)
 
     def first(kind: str, part: int) -> Tensor:
         rows = slice(part * inner, (part + 1) * inner)
-        return torch.cat(
-            [mlp[f"{n}.{kind}"][rows] for n in (("fc_1", "fc_2") if gated else ("fc",))]
-        )
+        return torch.cat([mlp[f"{name}.{kind}"][rows] for name in firsts])
 
     for expert in range(n_expert):
         part = expert % parts
