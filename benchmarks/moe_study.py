@@ -31,12 +31,12 @@ from _measure import Contestant, compete, machine, median, print_table, ratio, w
 LENGTH, ROWS = 256, 8
 """Tokens per row, rows per step."""
 VOCABULARY = 2048
-LAYERS, WIDTH, HEADS = 4, 160, 5
+LAYERS, WIDTH, HEADS = 4, 128, 4
 EXPERTS, KEPT = 8, 2
 SEEDS = (1, 2, 3)
-VALIDATIONS = 10
+VALIDATIONS = 8
 """Held-out losses per run, evenly spaced."""
-VALIDATED_ROWS = 128
+VALIDATED_ROWS = 96
 
 BALANCE_LOSS, ROUTER_Z_LOSS = 0.01, 0.001
 """What the runs with experts add to the recipe (Switch Transformer's and ST-MoE's values)."""
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out_dir", type=Path, default=Path("out/moe-study"))
     parser.add_argument("--novels", type=Path, help="the directory that novels.py wrote")
-    parser.add_argument("--tokens", type=int, default=614_400, help="tokens of each run")
+    parser.add_argument("--tokens", type=int, default=491_520, help="tokens of each run")
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget", type=float, default=35.0, help="CPU minutes of this call")
