@@ -39,8 +39,6 @@ class PhiMoE(nn.Module):
     auxiliary_scale: float | Tensor = 1.0
     """What both losses' gradients are multiplied by: this pass's share of the step, times the loss
     scale. A tensor may change from pass to pass without compiling anew."""
-    routing: Routing | None = None
-    """How the last forward pass in training routed."""
 
     def __init__(self, config: "Config") -> None:
         super().__init__()
@@ -91,9 +89,14 @@ class PhiMoE(nn.Module):
         if self.shared_experts is not None:
             y_ND = y_ND + self.shared_experts.every_token(x_ND)
         if self.training:
-            self.routing = routing.describe(logits_NE, load_E)
+            self.gate.note(logits_NE, load_E)
             y_ND = self._with_losses(y_ND, logits_NE, load_E)
         return y_ND.view(x.shape)
+
+    @property
+    def routing(self) -> Routing:
+        """How the last forward pass in training routed; the next one overwrites it."""
+        return self.gate.routing
 
     def _jittered(self, x_ND: Tensor) -> Tensor:
         if not (self.training and self.jitter):

@@ -49,16 +49,23 @@ class Router(nn.Module):
     """Added to a score when experts are chosen (E,); float32, saved with the weights, zero until
     someone balances with it."""
 
+    figures: Tensor
+    """What `Routing` holds, in its order; a buffer, because compiled code may not set attributes
+    while it recomputes."""
+
     def __init__(self, size: int, n_expert: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_expert, size))
-        self.register_buffer("selection_bias", torch.zeros(n_expert, dtype=torch.float32))
+        exact = torch.float32
+        self.register_buffer("selection_bias", torch.zeros(n_expert, dtype=exact))
+        self.register_buffer("figures", torch.zeros(n_expert + 3, dtype=exact), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weight anew (std 0.02) and forget the bias."""
         self.init_weights(std=0.02, residual_std=0.02)
         nn.init.zeros_(self.selection_bias)
+        nn.init.zeros_(self.figures)
 
     def init_weights(self, *, std: float, residual_std: float) -> None:
         """Draw the weight from a normal distribution; nothing here projects onto the residual."""
@@ -75,12 +82,28 @@ class Router(nn.Module):
         return F.linear(x_ND, self.weight.to(x_ND.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move with the model, but stay in float32: bf16 would lose the bias's small steps."""
-        bias = self.selection_bias
+        """Move with the model, but keep the buffers in float32: bf16 would lose small steps."""
+        kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if self.selection_bias.dtype != torch.float32:
-            self.selection_bias = bias.to(self.selection_bias.device)
+        for name, buffer in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                setattr(self, name, buffer.to(moved.device))
         return self
+
+    @property
+    def routing(self) -> Routing:
+        """How the last forward pass in training routed; the next one overwrites it."""
+        *_, entropy, balance, z = self.figures
+        return Routing(self.figures[:-3], entropy, balance, z)
+
+    def note(self, logits_NE: Tensor, load_E: Tensor) -> None:
+        """Keep the figures of this pass in `routing`."""
+        with torch.no_grad():
+            log_score_NE = logits_NE.log_softmax(-1)
+            entropy = -(log_score_NE.exp() * log_score_NE).sum(-1).mean()
+            losses = balance_loss(logits_NE, load_E), router_z_loss(logits_NE)
+            self.figures.copy_(torch.cat([load_E, torch.stack([entropy, *losses])]))
 
 
 def choose(
@@ -126,18 +149,6 @@ def balance_loss(logits_NE: Tensor, load_E: Tensor) -> Tensor:
 def router_z_loss(logits_NE: Tensor) -> Tensor:
     """Return the mean squared logsumexp of the logits."""
     return logits_NE.logsumexp(-1).square().mean()
-
-
-def describe(logits_NE: Tensor, load_E: Tensor) -> Routing:
-    """Return the figures of a forward pass."""
-    with torch.no_grad():
-        log_score_NE = logits_NE.log_softmax(-1)
-        return Routing(
-            load_E=load_E.float(),
-            entropy=-(log_score_NE.exp() * log_score_NE).sum(-1).mean(),
-            balance_loss=balance_loss(logits_NE, load_E),
-            z_loss=router_z_loss(logits_NE),
-        )
 
 
 class AttachLoss(torch.autograd.Function):

@@ -98,7 +98,7 @@ def experts(
     """
     kept, dtype = weight_NK.shape[1], x_ND.dtype
     token_S, weight_S = order_S // kept, weight_NK.flatten()[order_S]
-    y_ND = torch.zeros_like(x_ND, dtype=weight_NK.dtype)
+    y_ND = x_ND.new_zeros(x_ND.shape, dtype=weight_NK.dtype)
     h_SH = pages.empty(x_ND, (len(order_S), fc_EHD.shape[1]))
     for expert, visits in _pieces(end_E):
         token = token_S[visits]
@@ -112,7 +112,7 @@ def experts(
 
 @experts.register_fake
 def _(x_ND, weight_NK, order_S, end_E, fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED, activation):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x_ND), x_ND.new_empty((order_S.shape[0], fc_EHD.shape[1]))
+    return x_ND.new_empty(x_ND.shape), x_ND.new_empty((order_S.shape[0], fc_EHD.shape[1]))
 
 
 @torch.library.custom_op("phi_moe::experts_backward", mutates_args=())
@@ -136,7 +136,7 @@ def experts_backward(
     """
     kept, dtype = weight_NK.shape[1], x_ND.dtype
     token_S, weight_S = order_S // kept, weight_NK.flatten()[order_S]
-    x_grad = torch.zeros_like(x_ND, dtype=weight_NK.dtype)
+    x_grad = x_ND.new_zeros(x_ND.shape, dtype=weight_NK.dtype)
     weight_grad_S = torch.empty_like(weight_S)
     stacks = (fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED)
     grads = [None if s is None or not trains else pages.empty(s, s.shape) for s in stacks]
@@ -181,7 +181,7 @@ def _(
     activation, trains,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     stacks = [s for s in (fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED) if s is not None and trains]
-    return [torch.empty_like(t) for t in (x_ND, weight_NK, *stacks)]
+    return [t.new_empty(t.shape) for t in (x_ND, weight_NK, *stacks)]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
