@@ -171,3 +171,46 @@ def test_experts_are_not_upcycled_again(dense: Path, tmp_path: Path) -> None:
         upcycle(tmp_path / "moe", tmp_path / "again")
     with pytest.raises(UserError, match="out_dir .*moe exists; choose a new one"):
         upcycle(dense, tmp_path / "moe")
+
+
+def test_upcycled_experts_learn_and_part_without_noise(
+    tiny_checkpoint_dir: Path, tmp_path: Path, one_thread: None
+) -> None:
+    """Both placements, from a trained model's place: the loss falls, and no two experts agree."""
+    from phi_lit.train.model import LossModel
+
+    ids = torch.randint(0, 64, (8, 33), generator=torch.Generator().manual_seed(2))
+    for name in ("phi1-test-moe", "phi1-test-moe-after"):
+        upcycle(tiny_checkpoint_dir, tmp_path / name, model_name=name)
+        gpt = opened(tmp_path / name).train()
+        model = LossModel(gpt)
+        optimizer = torch.optim.AdamW(gpt.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(12):
+            loss = model(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] - 0.5
+        block = gpt.transformer.h[0]
+        experts = (block.moe if hasattr(block, "moe") else block.mlp).experts
+        for stack in (experts.fc, experts.proj):
+            for one in range(4):
+                for other in range(one):
+                    assert (stack[one] - stack[other]).abs().max() > 1e-3
+
+
+def test_the_command_says_what_it_made(
+    tiny_checkpoint_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from phi_lit.__main__ import main
+
+    out = str(tmp_path / "moe")
+    words = ["upcycle", str(tiny_checkpoint_dir), out, "--model_name", "phi1-test-moe"]
+    monkeypatch.setattr("sys.argv", ["phi-lit", *words])
+    assert main() == 0
+    said = capsys.readouterr().out
+    assert f"{out}: phi1-test-moe, 298,240 parameters, of which a token visits" in said
+    assert "--initial_checkpoint_dir" in said
