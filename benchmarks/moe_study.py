@@ -95,9 +95,10 @@ def main() -> None:
 
 def train_all(arguments: argparse.Namespace) -> None:
     """Train what is not trained yet, seed by seed, so that an early stop leaves whole seeds."""
-    for corpus, source in corpora(arguments).items():
-        tokenizer = make_tokenizer(arguments.out_dir, corpus, source)
-        for seed in arguments.seeds:
+    sources = corpora(arguments)
+    for seed in arguments.seeds:
+        for corpus, source in sources.items():
+            tokenizer = make_tokenizer(arguments.out_dir, corpus, source)
             for variant in VARIANTS:
                 if cpu_minutes() > arguments.budget:
                     print(f"{cpu_minutes():.0f} CPU minutes used: call again to go on")
@@ -170,6 +171,8 @@ def train(
                        "init_args": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
             devices=1, tokenizer_dir=tokenizer, logger_name="csv", seed=seed,
         )  # fmt: skip
+    if not (out / "final").is_dir():  # asked to stop: the loop has saved and returned
+        raise SystemExit(f"{out.name} is not finished; see {out}.log, and call again to go on")
     print(f"{out.name}: held-out loss {held_out(out)[-1][1]:.4f}, "
           f"{cpu_minutes() - began:.1f} CPU minutes", flush=True)  # fmt: skip
 

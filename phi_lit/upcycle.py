@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from phi_lit.errors import UserError
 from phi_lit.files import staged_dir
 from phi_lit.progress import progress
+from phi_lit.seams import MOE_CLASS
 from phi_lit.train.args import raise_together
 from phi_lit.train.checkpoint import MODEL_FILE, save_file, weights_of
 from phi_lit.train.flops import count_parameters
@@ -125,7 +126,7 @@ def target_config(
     else:
         kept = changes.get("n_expert_per_token", 2)
         base = asdict(dense) | {
-            "name": f"{dense.name}-moe", "mlp_class_name": "PhiMoE", "n_expert": 8,
+            "name": f"{dense.name}-moe", "mlp_class_name": MOE_CLASS, "n_expert": 8,
             "n_expert_per_token": kept,
             "moe_intermediate_size": dense.intermediate_size // max(kept, 1),
         }  # fmt: skip
@@ -140,7 +141,7 @@ def faults(
     dense: Config, config: Config, checkpoint_dir: Path, out_dir: Path, noise: float
 ) -> list[str]:
     """Return what keeps this dense model from becoming that one with experts, a sentence each."""
-    if config.mlp_class_name != "PhiMoE":
+    if config.mlp_class_name != MOE_CLASS:
         return [f"{config.name} is a model without experts of phi_lit; phi1-nano-moe is one with"]
     from extensions.phi_moe import Settings
 

@@ -18,6 +18,7 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from torch import Tensor, nn
 
+from phi_lit.seams import MOE_CLASS
 from phi_lit.train.args import TrainArgs
 
 KEYS = ("balance_loss", "router_z_loss", "router_jitter", "balance_bias_rate")
@@ -40,7 +41,7 @@ def expert_faults(train: TrainArgs, config: Config) -> list[str]:
     if not asked:
         return []
     names = " and ".join(f"train.{key}" for key in asked)
-    if not config.n_expert or config.mlp_class_name != "PhiMoE":
+    if not config.n_expert or config.mlp_class_name != MOE_CLASS:
         kind = f"are LitGPT's {config.mlp_class_name}" if config.n_expert else "do not exist"
         return [
             f"{names} asked for, but experts of {config.name} {kind}; leave the option out, or "

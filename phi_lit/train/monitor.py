@@ -178,6 +178,8 @@ def memory(fabric: Fabric) -> dict[str, float]:
 def _brief(figures: dict[str, float]) -> dict[str, str]:
     brief = {"loss": f"{figures['loss']:.3f}", "lr": f"{figures['learning_rate']:.1e}"}
     brief["tok/s"] = f"{figures['tokens_per_second']:,.0f}"
+    if "max_load" in figures:
+        brief["busiest expert"] = f"{figures['max_load']:.1f}x"
     brief["MFU"] = f"{figures['mfu']:.0%}"
     brief["GB"] = f"{figures['memory_gb']:.1f}"
     return brief
