@@ -6,7 +6,6 @@ of SGD with rate 1 from known weights leaves the gradient as the difference of t
 what is compared went through accumulation, recomputation, sharding, clipping's code and the disk.
 """
 
-import copy
 import math
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from phi_lit.errors import UserError
 from phi_lit.train.args import TrainArgs
 from phi_lit.train.experts import Experts, apply_expert_options, rebalance, summary
-from phi_lit.train.model import LossModel
+from phi_lit.train.model import LossModel, compile_blocks
 
 BALANCE, Z, RATE = 0.5, 0.1, 0.01
 """Far above usual weights: the losses' gradients must not hide behind the cross-entropy's."""
@@ -194,6 +193,35 @@ def test_uneven_micro_batches_count_by_their_tokens_and_a_loss_scale_multiplies_
     figures = experts.finish(OneProcess(), move_biases=False)  # type: ignore[arg-type]
     assert figures["dropped"] == 0
     assert not any(layer.gate.selection_bias.any() for layer in experts.layers)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_a_new_weight_without_compiling_anew(one_thread: None) -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    gpt = start(MODELS[0])
+    apply_expert_options(gpt, TrainArgs(balance_loss=BALANCE, router_z_loss=Z))
+    compile_blocks(gpt)
+    model, experts = LossModel(gpt), Experts.of(gpt)
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(0, 512, (2, 65), generator=generator) for _ in range(4)]
+    graphs = []
+    experts.begin(OneProcess(), [128] * 4)  # type: ignore[arg-type]
+    for micro, batch in enumerate(batches):
+        experts.weigh(micro, loss_scale=1.0 + micro)
+        model(batch[:, :-1], batch[:, 1:], denominator=512.0).mul(1.0 + micro).backward()
+        for parameter in gpt.parameters():
+            parameter.grad /= 1.0 + micro  # every micro-batch under a scale of its own
+            parameter.total = getattr(parameter, "total", 0) + parameter.grad
+            parameter.grad = None
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1] > 0
+    expected = double(start(MODELS[0]), batches)
+    for name, parameter in gpt.named_parameters():
+        wanted = expected["grads"][name.replace("_orig_mod.", "")]
+        torch.testing.assert_close(parameter.total, wanted, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_without_the_keys_nothing_is_attached(one_thread: None) -> None:
