@@ -16,7 +16,7 @@ import torch
 from lightning import Fabric
 from litgpt.config import Config
 from litgpt.model import GPT
-from torch import Tensor, nn
+from torch import Tensor
 
 from phi_lit.seams import MOE_CLASS
 from phi_lit.train.args import TrainArgs
@@ -50,14 +50,19 @@ def expert_faults(train: TrainArgs, config: Config) -> list[str]:
     return []
 
 
-def expert_layers(module: nn.Module) -> list[Any]:
-    """Return the layers of experts in `module`, in the order of its blocks."""
-    return [layer for layer in module.modules() if hasattr(layer, "auxiliary_scale")]
+def expert_layers(gpt: GPT) -> dict[int, Any]:
+    """Return the layers of experts by the number of their block, from 1."""
+    return {
+        number: layer
+        for number, block in enumerate(gpt.transformer.h, start=1)
+        for layer in block.modules()
+        if hasattr(layer, "auxiliary_scale")
+    }
 
 
-def apply_expert_options(gpt: nn.Module, train: TrainArgs) -> None:
+def apply_expert_options(gpt: GPT, train: TrainArgs) -> None:
     """Tell every layer of experts which losses to attach and how much noise to route with."""
-    for layer in expert_layers(gpt):
+    for layer in expert_layers(gpt).values():
         layer.balance_weight = train.balance_loss or 0.0
         layer.router_z_weight = train.router_z_loss or 0.0
         layer.jitter = train.router_jitter or 0.0
@@ -82,6 +87,8 @@ class Experts:
     """
 
     layers: list[Any]
+    blocks: list[int] = field(default_factory=list)
+    """The numbers of the blocks that the layers are in, from 1."""
     bias_rate: float = 0.0
     """How far an expert's selection bias moves after a step."""
     _tokens: list[int] = field(default_factory=list)
@@ -93,7 +100,8 @@ class Experts:
     @classmethod
     def of(cls, gpt: GPT, bias_rate: float | None = None) -> "Experts":
         """Return the expert layers of a model."""
-        return cls(expert_layers(gpt), bias_rate or 0.0)
+        found = expert_layers(gpt)
+        return cls(list(found.values()), list(found), bias_rate or 0.0)
 
     def begin(self, fabric: Fabric, tokens: list[int]) -> None:
         """Start a step; `tokens` counts those of each micro-batch of this rank."""
@@ -152,23 +160,25 @@ class Experts:
         if move_biases and self.bias_rate:
             for layer, load_E in zip(self.layers, load_LE, strict=True):
                 rebalance(layer.gate.selection_bias, load_E, self.bias_rate)
-        return summary(
-            load_LE.cpu(), figures_L2, assignments=round(self._total) * self.layers[0].kept
-        )
+        assignments = round(self._total) * self.layers[0].kept
+        return summary(load_LE.cpu(), figures_L2, self.blocks, assignments=assignments)
 
 
-def summary(load_LE: Tensor, figures_L2: Tensor, *, assignments: int) -> dict[str, Any]:
+def summary(
+    load_LE: Tensor, figures_L2: Tensor, blocks: list[int], *, assignments: int
+) -> dict[str, Any]:
     """Return a step's figures as a record holds them.
 
     Args:
         load_LE: how many tokens each expert of each layer got.
         figures_L2: per layer the router's entropy in nats and the balance loss before its weight.
+        blocks: the number of each layer's block.
         assignments: how many tokens the experts of a layer should have got together.
 
     Returns:
         `balance_loss` and `router_entropy`, means over the layers; `max_load`, that of the busiest
         expert of all in fair shares; `dropped`, assignments that no expert got; and `experts`, per
-        layer the load in thousandths and the entropy.
+        layer its block, the load in thousandths and the entropy.
     """
     share_LE = load_LE / load_LE.sum(dim=1, keepdim=True)
     entropy_L, balance_L = figures_L2.unbind(dim=1)
@@ -178,6 +188,7 @@ def summary(load_LE: Tensor, figures_L2: Tensor, *, assignments: int) -> dict[st
         "max_load": float(share_LE.max()) * load_LE.shape[1],
         "dropped": assignments * len(load_LE) - round(float(load_LE.sum())),
         "experts": {
+            "block": blocks,
             "load": [[round(1000 * share) for share in row] for row in share_LE.tolist()],
             "entropy": [round(entropy, 4) for entropy in entropy_L.tolist()],
         },
@@ -185,13 +196,12 @@ def summary(load_LE: Tensor, figures_L2: Tensor, *, assignments: int) -> dict[st
 
 
 def by_layer(experts: dict[str, Any]) -> dict[str, float]:
-    """Return a step's `experts` as a logger's scalars: per layer least and most load, entropy."""
+    """Return a step's `experts` as a logger's scalars: per block least and most load, entropy."""
     fair = 1000 / len(experts["load"][0])
     found = {}
-    for number, (load, entropy) in enumerate(
-        zip(experts["load"], experts["entropy"], strict=True), start=1
-    ):
-        found[f"experts/layer_{number:02}_min_load"] = min(load) / fair
-        found[f"experts/layer_{number:02}_max_load"] = max(load) / fair
-        found[f"experts/layer_{number:02}_entropy"] = entropy
+    layers = zip(experts["block"], experts["load"], experts["entropy"], strict=True)
+    for block, load, entropy in layers:
+        found[f"experts/block_{block:02}_min_load"] = min(load) / fair
+        found[f"experts/block_{block:02}_max_load"] = max(load) / fair
+        found[f"experts/block_{block:02}_entropy"] = entropy
     return found

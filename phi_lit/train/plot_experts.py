@@ -29,9 +29,9 @@ def plot_experts(rows: Sequence[Mapping[str, Any]], png: Path, title: str) -> Pa
     """Draw the heat map and return `png`, which is written whole or not at all.
 
     Args:
-        rows: rows of a run's record; those with `tokens` and `experts` are drawn. `experts` holds
-            `load`, per layer and expert the share of the assignments in thousandths, and
-            `entropy`, per layer in nats.
+        rows: rows of a run's record; those with `tokens` and `experts` are drawn. `experts` holds,
+            for each layer of experts, the number of its `block`, the `load` of every expert in
+            thousandths, and the router's `entropy` in nats.
         png: the file to write.
         title: the line above the picture.
 
@@ -47,7 +47,9 @@ def plot_experts(rows: Sequence[Mapping[str, Any]], png: Path, title: str) -> Pa
     load_SLE = np.array([row["experts"]["load"] for row in drawn], dtype=float)
     entropy_SL = np.array([row["experts"]["entropy"] for row in drawn], dtype=float)
     fair_SLE = load_SLE * load_SLE.shape[2] / 1000
-    write_atomic(png, _draw(_thinned(tokens), _thinned(fair_SLE), _thinned(entropy_SL), title))
+    blocks = drawn[0]["experts"]["block"]
+    content = _draw(_thinned(tokens), _thinned(fair_SLE), _thinned(entropy_SL), blocks, title)
+    write_atomic(png, content)
     return png
 
 
@@ -61,7 +63,11 @@ def _thinned(table: "np.ndarray") -> "np.ndarray":
 
 
 def _draw(
-    tokens: "np.ndarray", fair_SLE: "np.ndarray", entropy_SL: "np.ndarray", title: str
+    tokens: "np.ndarray",
+    fair_SLE: "np.ndarray",
+    entropy_SL: "np.ndarray",
+    blocks: list[int],
+    title: str,
 ) -> bytes:
     """Render the picture as PNG bytes. Letters: S steps, L layers, E experts."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -72,7 +78,7 @@ def _draw(
     figure = Figure(figsize=(10, tall + 2), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     heat, lines = figure.subplots(2, 1, sharex=True, height_ratios=[tall, 2])
-    _draw_heat(figure, heat, tokens, fair_SLE)
+    _draw_heat(figure, heat, tokens, fair_SLE, blocks)
     _draw_entropy(lines, tokens, entropy_SL, experts)
     heat.set_title(title, loc="left", fontsize=12, fontweight="bold")
     lines.set_xlabel("tokens")
@@ -83,7 +89,7 @@ def _draw(
 
 
 def _draw_heat(
-    figure: "Figure", axes: "Axes", tokens: "np.ndarray", fair_SLE: "np.ndarray"
+    figure: "Figure", axes: "Axes", tokens: "np.ndarray", fair_SLE: "np.ndarray", blocks: list[int]
 ) -> None:
     """Draw an expert per line, the layers one above the other with a rule between them."""
     from matplotlib.colors import TwoSlopeNorm
@@ -103,7 +109,7 @@ def _draw_heat(
     )
     axes.set_yticks(
         [(layer + 0.5) * experts for layer in range(layers)],
-        [f"layer {layer + 1}" for layer in range(layers)],
+        [f"block {block}" for block in blocks],
     )
     axes.tick_params(axis="y", length=0)
     axes.set_ylabel(f"{experts} experts per layer")
@@ -137,5 +143,5 @@ def _draw_entropy(
         f"ln {experts}", xy=(1, ceiling), xycoords=("axes fraction", "data"), xytext=(-4, -11),
         textcoords="offset points", ha="right", color="#7a7a7a", fontsize=9,
     )  # fmt: skip
-    axes.set_ylabel("router entropy\n(nats, darker: later layer)", fontsize=8)
+    axes.set_ylabel("router entropy\n(nats, darker: later block)", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)

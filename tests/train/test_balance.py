@@ -329,16 +329,17 @@ def test_the_record_stays_small_and_the_logger_gets_every_layer(
     logged = list(csv.DictReader(metrics.open()))
     first = next(row for row in logged if row["step"] == "1" and row["loss"])
     load = recorded[0]["experts"]["load"][1]
-    assert float(first["experts/layer_02_max_load"]) == pytest.approx(4 * max(load) / 1000)
-    assert float(first["experts/layer_02_min_load"]) == pytest.approx(4 * min(load) / 1000)
-    assert float(first["experts/layer_01_entropy"]) <= math.log(4)
+    assert float(first["experts/block_02_max_load"]) == pytest.approx(4 * max(load) / 1000)
+    assert float(first["experts/block_02_min_load"]) == pytest.approx(4 * min(load) / 1000)
+    assert float(first["experts/block_01_entropy"]) <= math.log(4)
     assert float(first["balance_loss"]) >= 1 - 1e-6
     assert float(first["dropped"]) == 0
 
 
 def test_dropped_tokens_would_be_counted() -> None:
     load = torch.tensor([[3.0, 5.0], [4.0, 3.0]])
-    figures = summary(load, torch.tensor([[0.6, 1.0], [0.5, 1.1]]), assignments=8)
+    figures = summary(load, torch.tensor([[0.6, 1.0], [0.5, 1.1]]), [2, 4], assignments=8)
+    assert figures["experts"]["block"] == [2, 4]
     assert figures["dropped"] == 1
     assert figures["experts"]["load"] == [[375, 625], [571, 429]]
     assert figures["max_load"] == 1.25

@@ -12,6 +12,7 @@ def rows(steps=30, layers=3, experts=4):
     load = generator.dirichlet(np.ones(experts), (steps, layers))
     return [
         {"step": s + 1, "tokens": 100 * (s + 1), "loss": 2.0, "experts": {
+            "block": list(range(1, layers + 1)),
             "load": (1000 * load[s]).round().astype(int).tolist(), "entropy": [1.2] * layers}}
         for s in range(steps)
     ]  # fmt: skip
