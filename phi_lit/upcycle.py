@@ -239,7 +239,7 @@ def grown(
     return gpt
 
 
-def fill_with_copies(layer: nn.Module, mlp: dict[str, Tensor], noise: float) -> None:
+def fill_with_copies(layer: Any, mlp: dict[str, Tensor], noise: float) -> None:
     """Make a layer's experts copies of an MLP or of its parts, and its shared experts silent.
 
     Args:
@@ -247,8 +247,8 @@ def fill_with_copies(layer: nn.Module, mlp: dict[str, Tensor], noise: float) -> 
         mlp: its tensors by name: `fc.weight`, `proj.bias`, or LLaMA's `fc_1.weight`, `fc_2.weight`.
         noise: as a share of each tensor's standard deviation.
     """
-    experts = layer.experts
-    n_expert, _, inner = experts.proj.shape
+    fc, proj = layer.experts.fc, layer.experts.proj
+    n_expert, _, inner = proj.weight.shape
     parts = mlp["proj.weight"].shape[1] // inner
     firsts = ("fc_1", "fc_2") if "fc_1.weight" in mlp else ("fc",)
 
@@ -259,18 +259,19 @@ def fill_with_copies(layer: nn.Module, mlp: dict[str, Tensor], noise: float) -> 
     for expert in range(n_expert):
         part = expert % parts
         columns = slice(part * inner, (part + 1) * inner)
-        experts.fc[expert] = first("weight", part)
+        fc.weight[expert] = first("weight", part)
         # A token's weights add up to one over all parts together, so each part weighs 1 / P.
-        experts.proj[expert] = mlp["proj.weight"][:, columns] * parts
-        if experts.fc_bias is not None:
-            experts.fc_bias[expert] = first("bias", part)
-            experts.proj_bias[expert] = mlp["proj.bias"]
-    for stack in (experts.fc, experts.proj) if noise else ():
-        stack.add_(torch.randn_like(stack) * (noise * stack.float().std().item()))
+        proj.weight[expert] = mlp["proj.weight"][:, columns] * parts
+        if fc.bias is not None:
+            fc.bias[expert] = first("bias", part)
+            proj.bias[expert] = mlp["proj.bias"]
+    for stack in (fc, proj) if noise else ():
+        scale = noise * stack.weight.float().std().item()
+        stack.weight.add_(torch.randn_like(stack.weight) * scale)
     groups = layer.gate.weight[::parts]
     layer.gate.weight.copy_(groups.repeat_interleave(parts, dim=0))
     if layer.shared_experts is not None:
-        nn.init.zeros_(layer.shared_experts.proj)
+        nn.init.zeros_(layer.shared_experts.proj.weight)
 
 
 @contextmanager

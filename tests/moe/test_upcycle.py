@@ -79,7 +79,7 @@ def test_experts_after_the_mlp_add_nothing_at_first(dense: Path, tmp_path: Path)
     upcycle(dense, tmp_path / "moe", placement="after", n_expert=5, moe_intermediate_size=7)
     assert torch.equal(logits(tmp_path / "moe"), logits(dense))  # to the bit
     for block in opened(tmp_path / "moe").transformer.h:
-        assert block.moe.experts.fc.std() > 0, "an expert that is all zero would never learn"
+        assert block.moe.experts.fc.weight.std() > 0, "an expert that is all zero would never learn"
 
 
 def test_noise_parts_the_copies_and_is_said(
@@ -90,9 +90,9 @@ def test_noise_parts_the_copies_and_is_said(
     upcycle(dense, tmp_path / "noisy", moe_intermediate_size=48, noise=0.1)
     assert "logits differ from the dense model's: noise of 0.1" in capsys.readouterr().out
     same, noisy = (opened(tmp_path / name).transformer.h[1].mlp for name in ("same", "noisy"))
-    assert torch.equal(same.experts.fc[0], same.experts.fc[1])
-    difference = noisy.experts.fc - same.experts.fc
-    assert float(difference.std() / same.experts.fc.std()) == pytest.approx(0.1, rel=0.05)
+    assert torch.equal(same.experts.fc.weight[0], same.experts.fc.weight[1])
+    difference = noisy.experts.fc.weight - same.experts.fc.weight
+    assert float(difference.std() / same.experts.fc.weight.std()) == pytest.approx(0.1, rel=0.05)
     assert not torch.equal(difference[0], difference[1])
 
 
@@ -106,7 +106,7 @@ def test_a_shared_expert_starts_silent(dense: Path, tmp_path: Path) -> None:
     ids = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(gpt(ids), logits(dense), rtol=2e-5, atol=2e-5)
-    assert gpt.transformer.h[0].mlp.shared_experts.fc.std() > 0
+    assert gpt.transformer.h[0].mlp.shared_experts.fc.weight.std() > 0
 
 
 def test_what_goes_along_and_what_does_not(dense: Path, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_upcycled_experts_learn_and_part_without_noise(
         assert losses[-1] < losses[0] - 0.5
         block = gpt.transformer.h[0]
         experts = (block.moe if hasattr(block, "moe") else block.mlp).experts
-        for stack in (experts.fc, experts.proj):
+        for stack in (experts.fc.weight, experts.proj.weight):
             for one in range(4):
                 for other in range(one):
                     assert (stack[one] - stack[other]).abs().max() > 1e-3
