@@ -100,6 +100,7 @@ def upcycle(
     )  # fmt: skip
     raise_together(faults(dense, config, checkpoint_dir, out_dir, noise))
     weights = weights_of(checkpoint_dir)
+    check_weights(dense, weights, checkpoint_dir)
     gpt = grown(dense, config, weights, noise=noise, seed=seed)
     with staged_dir(out_dir) as partial:
         save_file(gpt.state_dict(), partial / MODEL_FILE)
@@ -218,25 +219,30 @@ def grown(
     with default_dtype(dtype):
         gpt = GPT(config)
         initialize(gpt, "normal")
-    names = gpt.state_dict().keys()
-    kept = {name: tensor for name, tensor in weights.items() if name in names}
-    gpt.load_state_dict(kept, strict=False)
-    used = set(kept)
     blocks = list(gpt.transformer.h)
     with progress(len(blocks), "upcycle", "layers") as bar, torch.no_grad():
+        for name, tensor in gpt.state_dict().items():
+            if name in weights:
+                tensor.copy_(weights[name])
         for number, block in enumerate(blocks):
-            prefix = f"transformer.h.{number}.mlp."
             if hasattr(block.mlp, "experts"):
+                prefix = f"transformer.h.{number}.mlp."
                 mlp = {n.removeprefix(prefix): w for n, w in weights.items() if prefix in n}
                 fill_with_copies(block.mlp, mlp, noise)
-                used |= {prefix + name for name in mlp}
             bar.update()
-    if unused := weights.keys() - used:
-        raise UserError(
-            f"the weights do not fit their own model_config.yaml: {min(unused)} is no tensor of "
-            f"{dense.name}"
-        )
     return gpt
+
+
+def check_weights(dense: Config, weights: dict[str, Tensor], checkpoint_dir: Path) -> None:
+    """Raise a `UserError` if the weights are not those of the config beside them."""
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in GPT(dense).state_dict().items()}
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    if differing := {name for name, _ in found.items() ^ wanted.items()}:
+        raise UserError(
+            f"{checkpoint_dir / MODEL_FILE} is not of the model in its model_config.yaml: "
+            f"{min(differing)} differs ({len(differing)} such tensors)"
+        )
 
 
 def fill_with_copies(layer: Any, mlp: dict[str, Tensor], noise: float) -> None:

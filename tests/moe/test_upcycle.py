@@ -165,6 +165,16 @@ def test_what_cannot_be_upcycled_is_told_in_one_line(
     assert not (tmp_path / "moe").exists()
 
 
+def test_weights_of_another_model_than_the_config_beside_them_are_told(
+    dense: Path, tmp_path: Path
+) -> None:
+    state = torch.load(dense / "lit_model.pth")
+    state["transformer.ln_f.weight"] = torch.ones(7)
+    torch.save(state, dense / "lit_model.pth")
+    with pytest.raises(UserError, match=r"transformer.ln_f.weight differs \(1 such tensors\)"):
+        upcycle(dense, tmp_path / "moe")
+
+
 def test_experts_are_not_upcycled_again(dense: Path, tmp_path: Path) -> None:
     upcycle(dense, tmp_path / "moe")
     with pytest.raises(UserError, match="has 8 experts per layer already"):
