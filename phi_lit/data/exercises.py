@@ -96,6 +96,11 @@ class CodeExercises(Supervised):
         """One more than the largest id; the model's padded vocabulary must not be smaller."""
         return self._flat.vocab_size if self._flat else super().vocab_size
 
+    @property
+    def eot_id(self) -> int | None:
+        """The token between two documents of the flat array, or None for single examples."""
+        return self._flat.eot_id if self._flat else None
+
     def identity(self) -> dict[str, Any]:
         """Return what a resumed run must find unchanged for its place to mean the same."""
         return self._flat.identity() if self._flat else super().identity()

@@ -140,6 +140,11 @@ class CodeTextbook(DataModule):
         """One more than the largest id; the model's padded vocabulary must not be smaller."""
         return self._opened.vocab_size
 
+    @property
+    def eot_id(self) -> int:
+        """The token that stands between two documents."""
+        return self._opened.eot_id
+
     def identity(self) -> dict[str, Any]:
         """Return what a resumed run must find unchanged for its place in the rows to mean the same.
 
