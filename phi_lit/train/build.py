@@ -25,6 +25,7 @@ from phi_lit.errors import UserError
 from phi_lit.train import checkpoint, state
 from phi_lit.train.args import masks_documents
 from phi_lit.train.checkpoint import Place
+from phi_lit.train.checkpoint_dir import TOKENIZER_FILES
 from phi_lit.train.checkpointing import apply_activation_checkpointing
 from phi_lit.train.course import Course, plan_course
 from phi_lit.train.devices import peak_for
@@ -39,13 +40,6 @@ from phi_lit.train.microbatch import largest_micro_batch, refuse_what_cannot_fit
 from phi_lit.train.model import LossModel, compile_blocks
 from phi_lit.train.monitor import Monitor
 from phi_lit.train.optim import build_optimizer, parse_optimizer
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "generation_config.json",
-)
 
 COMPILE_PAYS_AFTER = 900.0
 """Seconds that a run must be expected to last before `compile: auto` compiles on a CPU: it starts
