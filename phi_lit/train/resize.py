@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from litgpt.config import Config
-from litgpt.utils import find_multiple, save_config
+from litgpt.config import Config, find_multiple
+from litgpt.utils import save_config
 from torch import Tensor
 
 from phi_lit.data.padding import PADDING, with_padding

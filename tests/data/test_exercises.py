@@ -1,11 +1,10 @@
-"""CodeExercises: functions out of files, into the flat array, and one by one with masked prompts."""
+"""CodeExercises: functions out of files, in the flat array, and one by one with masked prompts."""
 
 import json
 import textwrap
 from pathlib import Path
 from typing import Any
 
-import litgpt.data
 import numpy as np
 import pytest
 import torch
@@ -40,7 +39,7 @@ def connected(tokenizer_dir: Path, tmp_path: Path, max_seq_length: int = 64, **s
     return module
 
 
-# ---------------------------------------------------------------------------- functions out of files
+# --------------------------------------------------------------------------- functions out of files
 
 
 def test_a_function_is_cut_after_its_docstring():
@@ -134,7 +133,7 @@ def test_paper_mode_in_a_command_that_takes_examples_says_what_to_set(tiny_token
         module.connect(Tokenizer(tiny_tokenizer_dir), 1, 64)  # as `litgpt finetune` does it
 
 
-# ------------------------------------------------------------------------------- examples, one by one
+# ----------------------------------------------------------------------------- examples, one by one
 
 
 @pytest.mark.parametrize("name", ["tiny", "codegen", "llama"])
@@ -173,7 +172,9 @@ def test_only_the_solution_and_its_end_are_learned(tiny_tokenizer_dir, questions
 
 def test_an_answer_that_spells_the_end_of_text_does_not_end(tiny_tokenizer_dir, tmp_path):
     path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"prompt": f"q{n}", "response": "a<|endoftext|>b"} for n in (1, 2)]))
+    path.write_text(
+        json.dumps([{"prompt": f"q{n}", "response": "a<|endoftext|>b"} for n in (1, 2)])
+    )
     module = connected(tiny_tokenizer_dir, tmp_path, sources=str(path))
     item = module.train_dataset[0]
     assert (item["input_ids"] == 256).sum() == 1
@@ -281,7 +282,7 @@ def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(
     assert len(open_examples(resumed.path)) == 40
 
 
-# ----------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def source_of(tmp_path: Path, rows: list[dict[str, Any]], **settings: Any) -> ExampleSource:
@@ -336,7 +337,10 @@ def test_single_rows_without_an_answer_are_counted_not_learned(tmp_path):
 
 
 def test_templates_context_and_presets_name_the_parts(tmp_path):
-    rows = [{"instruction": "Add", "input": "1, 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Ho"}]  # fmt: skip
+    rows = [
+        {"instruction": "Add", "input": "1, 2", "output": "3"},
+        {"instruction": "Hi", "input": "", "output": "Ho"},
+    ]
     assert [e.prompt for e in source_of(tmp_path, rows).examples()] == ["Add\n\n1, 2", "Hi"]
     named = source_of(tmp_path, rows, prompt="# {instruction}: {input}\n", answer="output")
     assert [e.prompt for e in named.examples()] == ["# Add: 1, 2\n", "# Hi: \n"]
@@ -384,7 +388,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tiny_tokenizer_dir, tmp_p
 
 
 def test_a_yaml_names_it_by_its_bare_name():
-    import litgpt.pretrain  # noqa: F401 (imports the data modules)
+    import litgpt.pretrain
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)

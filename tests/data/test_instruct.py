@@ -54,7 +54,7 @@ def connected(tokenizer_dir: Path, tmp_path: Path, **settings: Any) -> Instruct:
     return module
 
 
-# --------------------------------------------------------------------------------------- the Orca row
+# ------------------------------------------------------------------------------------- the Orca row
 
 
 def test_orcas_vocabulary_has_32001_ids_and_splits_digits(orca_tokenizer_dir, llama_tokenizer_dir):
@@ -132,7 +132,7 @@ def test_a_local_copy_of_the_data_set_is_read_by_the_presets_file(tmp_path):
     assert found[1].system == "You are a helpful assistant."
 
 
-# ------------------------------------------------------------------------------------- padding tokens
+# ----------------------------------------------------------------------------------- padding tokens
 
 
 def test_padding_can_be_added_to_any_tokenizer_and_twice_is_once(tiny_tokenizer_dir, tmp_path):
@@ -153,7 +153,7 @@ def test_a_padding_token_that_is_there_with_another_id_is_named(tiny_tokenizer_d
     pad(tiny_tokenizer_dir, out, token="<pad>")
     with pytest.raises(UserError, match="already pads with '<pad>', id 257"):
         with_padding(out, PADDING)
-    with pytest.raises(UserError, match="'a' is already id .* as ordinary text"):
+    with pytest.raises(UserError, match=r"'a' is already id .* as ordinary text"):
         with_padding(tiny_tokenizer_dir, "a")
 
 

@@ -69,9 +69,7 @@ def test_what_does_not_fit_is_refused():
 def test_every_epoch_holds_every_example_once_in_full_rows():
     lengths = np.random.default_rng(1).integers(1, 60, 500)
     packing = Packing(lengths, 64, seed=3)
-    rows = {
-        epoch: [packing.row(row, epoch) for row in range(packing.n_rows)] for epoch in range(2)
-    }
+    rows = {epoch: [packing.row(row, epoch) for row in range(packing.n_rows)] for epoch in range(2)}
     for epoch in rows:
         assert sorted(example for row in rows[epoch] for example in row) == list(range(500))
         assert all(lengths[row].sum() <= 64 for row in rows[epoch])
