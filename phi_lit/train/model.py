@@ -10,6 +10,7 @@ from typing import Any
 from litgpt.model import GPT
 from torch import Tensor, nn
 
+from phi_lit.train.documents import forward_within_documents
 from phi_lit.train.loss import Backend, HeadLoss, linear_cross_entropy, plain_loss
 
 
@@ -61,13 +62,18 @@ class LossModel(nn.Module):
         return isinstance(self.gpt.lm_head, SteppingAsideHead)
 
     def forward(
-        self, idx: Tensor, targets: Tensor, denominator: Tensor | float | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        denominator: Tensor | float | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of predicting `targets` (B, T) from `idx` (B, T), both int64 ids.
 
         In evaluation it is the cross-entropy alone, without the z-loss.
 
-        `denominator` replaces the number of counted targets; see `linear_cross_entropy`. Details
+        `denominator` replaces the number of counted targets; see `linear_cross_entropy`. With
+        `documents` (B, T) of int32 a token sees its own document only (`documents.py`). Details
         of the loss are left in `figures`.
         """
         options: Any = dict(
@@ -75,7 +81,7 @@ class LossModel(nn.Module):
         )
         if self.fused:
             head = self.gpt.lm_head
-            hidden = self._hidden(idx).flatten(0, 1)
+            hidden = self._hidden(idx, documents).flatten(0, 1)
             result = linear_cross_entropy(
                 hidden,
                 head.weight,
@@ -86,17 +92,23 @@ class LossModel(nn.Module):
                 **options,
             )
         else:
-            result = plain_loss(self.gpt(idx).flatten(0, 1), targets.reshape(-1), **options)
+            logits = run_model(self.gpt, idx, documents)
+            result = plain_loss(logits.flatten(0, 1), targets.reshape(-1), **options)
         self.figures = HeadLoss(*(figure.detach() for figure in result))
         return result.loss if self.training else result.cross_entropy
 
-    def _hidden(self, idx: Tensor) -> Tensor:
+    def _hidden(self, idx: Tensor, documents: Tensor | None) -> Tensor:
         """Run the model up to and without its head: (B, T, D)."""
         self.gpt.lm_head.aside = True
         try:
-            return self.gpt(idx)
+            return run_model(self.gpt, idx, documents)
         finally:
             self.gpt.lm_head.aside = False
+
+
+def run_model(gpt: GPT, idx: Tensor, documents: Tensor | None) -> Tensor:
+    """Call a model on whole rows, or on each document in them by itself."""
+    return gpt(idx) if documents is None else forward_within_documents(gpt, idx, documents)
 
 
 def compile_blocks(gpt: GPT, **options: Any) -> None:
