@@ -23,6 +23,7 @@ from litgpt.utils import save_config
 from phi_lit.data.tokenizer import load_tokenizer
 from phi_lit.errors import UserError
 from phi_lit.train import checkpoint, state
+from phi_lit.train import teacher as teachers
 from phi_lit.train.checkpoint import Place
 from phi_lit.train.checkpointing import apply_activation_checkpointing
 from phi_lit.train.course import Course, plan_course
@@ -66,11 +67,14 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
         refuse_changes(str(resume_dir), manifest["run"], identity, job.train.resume_changed)
 
     model = build_model(job, first_weights=resume_dir is None)
+    model.teacher = teachers.open_teacher(job, machine)
     micro_batch = choose_micro_batch(job, machine, fabric, model, resume_dir)
     course = plan_course(job, course.rows_per_epoch, micro_batch * fabric.world_size)
     compiled = decide_compile(job, machine, fabric, course, resume_dir)
     if compiled:
         compile_blocks(model.gpt)
+        if model.teacher is not None:
+            compile_blocks(model.teacher.gpt)
     module, optimizers = place_model(job, fabric, model)
     peaks = [[group["lr"] for group in each.param_groups] for each in optimizers]
     place = Place()
@@ -92,7 +96,8 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
         fabric=fabric, module=module, optimizers=optimizers, peaks=peaks, feed=feed,
         held_out=job.data.val_dataloader, course=course, train=job.train, place=place,
         monitor=monitor, out_dir=out_dir, seed=job.arguments["seed"], identity=identity,
-        write_side_files=side_files(job), uniform_loss=math.log(job.config.padded_vocab_size or 2),
+        write_side_files=side_files(job),
+        uniform_loss=teachers.loss_of_a_guess(job, math.log(job.config.padded_vocab_size or 2)),
         sample=sampler(job, fabric, model),
     )  # fmt: skip
 
@@ -182,6 +187,7 @@ def describe(job: Job, machine: Machine, course: Course) -> dict[str, Any]:
             for key in ("schedule", "warmup", "schedule_steps", "decay", "floor")
         },
         "loss": {"z_loss": train.z_loss, "max_norm": train.max_norm},
+        "distillation": teachers.identity_of(job),
         "weight_decay_on": train.weight_decay_on,
         "tie_embeddings": bool(train.tie_embeddings),
         "dropout": {"attention": train.attention_dropout, "residual": train.residual_dropout},
@@ -297,6 +303,8 @@ def place_model(job: Job, fabric: Fabric, model: LossModel) -> tuple[torch.nn.Mo
     """Put the model where it trains and make its optimizers; returns both in Fabric's wrappers."""
     cosine, sine = model.gpt.cos, model.gpt.sin
     module = fabric.setup_module(model)
+    if model.teacher is not None:
+        model.teacher.place(fabric, sharded=bool(job.train.teacher_sharded))
     # Rotary tables stay float32: rounded to bf16 they would blur the later positions.
     model.gpt.cos, model.gpt.sin = cosine.to(fabric.device), sine.to(fabric.device)
     optimizers = build_optimizer(

@@ -30,6 +30,7 @@ from phi_lit.train.loop import Run, Stopped, fit, is_due, validate
 from phi_lit.train.monitor import memory, read_record
 from phi_lit.train.optim import MATRICES_ONLY, parse_optimizer
 from phi_lit.train.strategy import check_precision, check_strategy, make_strategy
+from phi_lit.train.teacher import faults_of as faults_of_teacher
 
 
 def launch(job: Job) -> None:
@@ -37,6 +38,7 @@ def launch(job: Job) -> None:
     arguments = job.arguments
     job.tokenizer_dir = _existing(job.tokenizer_dir)
     job.weights_dir = _existing(job.weights_dir)
+    job.train.teacher = _existing(job.train.teacher)
     out_dir = init_out_dir(arguments["out_dir"])
     machine = Machine(
         devices=parse_devices(arguments["devices"]),
@@ -82,10 +84,11 @@ def check(job: Job, machine: Machine) -> None:
     """Raise one `UserError` with everything that is wrong with a job's arguments."""
     arguments, train = job.arguments, job.train
     strategy = arguments["strategy"] or "auto"
+    strategy = "fsdp" if strategy == "auto" and machine.world > 1 else strategy
     faults = train.check()
     faults += check_precision(machine.precision, device=machine.kind, strategy=strategy)
     faults += check_strategy(
-        "fsdp" if strategy == "auto" and machine.world > 1 else strategy,
+        strategy,
         world=machine.world,
         device=machine.kind,
         precision=machine.precision,
@@ -103,6 +106,7 @@ def check(job: Job, machine: Machine) -> None:
     if train.async_save and train.checkpoint_format == "sharded":
         faults.append("train.async_save writes whole tensors; leave out checkpoint_format: sharded")
     faults += _vocabulary_faults(job)
+    faults += faults_of_teacher(job, machine, strategy)
     optimizer, _ = parse_optimizer(arguments["optimizer"])
     fp16 = machine.precision == "16-mixed"
     if fp16 and optimizer.__name__ in MATRICES_ONLY:

@@ -135,7 +135,7 @@ def step_once(run: Run, *, stop: bool) -> bool:
             loss = run.module(fabric.to_device(inputs), fabric.to_device(targets), denominator)
             fabric.backward(loss)
         loss_sum += loss.detach().float() / fabric.world_size
-    mean, stop = _reduce(fabric, loss_sum, stop)
+    mean, stop, parts = _reduce(run, loss_sum, stop)
     norm = _clip(run)
     if _is_good(run, mean, norm):
         for optimizer in run.optimizers:
@@ -146,7 +146,7 @@ def step_once(run: Run, *, stop: bool) -> bool:
         optimizer.zero_grad(set_to_none=True)
     run.place.step += 1
     run.place.rows = run.feed.position
-    _report(run, mean, norm, seconds=time.perf_counter() - began)
+    _report(run, mean, norm, parts, seconds=time.perf_counter() - began)
     return stop
 
 
@@ -157,13 +157,22 @@ def _total(fabric: Fabric, count: int) -> int:
     return int(fabric.all_reduce(counted, reduce_op="sum"))
 
 
-def _reduce(fabric: Fabric, loss: Tensor, stop: bool) -> tuple[float, bool]:
-    """Return (the loss of all ranks, whether any of them wants to stop)."""
-    figures = torch.stack([loss, torch.tensor(float(stop), device=loss.device)])
-    if fabric.world_size > 1:
-        figures = fabric.all_reduce(figures, reduce_op="sum")
+def _reduce(run: Run, loss: Tensor, stop: bool) -> tuple[float, bool, dict[str, float]]:
+    """Return (the loss of all ranks, whether any of them wants to stop, the loss's parts)."""
+    world, parts = run.fabric.world_size, getattr(unwrapped(run.module), "summed", {})
+    figures = torch.stack(
+        [
+            loss,
+            torch.tensor(float(stop), device=loss.device),
+            *(part / world for part in parts.values()),
+        ]
+    )
+    if world > 1:
+        figures = run.fabric.all_reduce(figures, reduce_op="sum")
     values = figures.tolist()
-    return values[0], values[1] > 0
+    named = dict(zip(parts, values[2:], strict=True))
+    parts.clear()
+    return values[0], values[1] > 0, named
 
 
 def _clip(run: Run) -> float:
@@ -208,10 +217,11 @@ def _handle_bad(run: Run, loss: float, norm: float) -> None:
     )
 
 
-def _report(run: Run, loss: float, norm: float, *, seconds: float) -> None:
+def _report(run: Run, loss: float, norm: float, parts: dict[str, float], *, seconds: float) -> None:
     scaler = _scaler(run.fabric)
     figures = {
         "loss": loss,
+        **parts,
         "learning_rate": run.course.rate(run.place.step - 1, run.peaks[0][0]),
         "grad_norm": norm,
         **({} if scaler is None else {"loss_scale": scaler.get_scale()}),

@@ -14,6 +14,7 @@ from phi_lit.errors import UserError
 from phi_lit.train.job import Job, Machine
 from phi_lit.train.memory import predict_memory
 from phi_lit.train.model import LossModel
+from phi_lit.train.teacher import bytes_of as bytes_of_teacher
 
 ROOM = 0.9
 """Share of the memory that is used: fragmentation and the data take the rest."""
@@ -31,9 +32,11 @@ def refuse_what_cannot_fit(job: Job, machine: Machine, rows: int) -> None:
         room = psutil.virtual_memory().available / machine.devices
     need = predict_memory(job, machine, rows).total
     if need > CERTAIN * room:
+        teacher = bytes_of_teacher(job, machine)
+        beside = f" beside its teacher's {teacher / 1e9:,.1f} GB" if teacher else ""
         raise UserError(
-            f"a step of {rows} rows of {job.length} tokens of {job.config.name} needs about "
-            f"{need / 1e9:,.1f} GB on each device, and {room / 1e9:,.1f} GB are there; lower "
+            f"a step of {rows} rows of {job.length} tokens of {job.config.name}{beside} needs "
+            f"about {need / 1e9:,.1f} GB on each device, and {room / 1e9:,.1f} GB are there; lower "
             "train.micro_batch_size, set train.activation_checkpointing, or use strategy: fsdp on "
             "more devices (`phi-lit plan` shows the parts)"
         )
@@ -71,6 +74,8 @@ def fits(job: Job, machine: Machine, fabric: Fabric, model: LossModel, rows: int
     ids = torch.zeros(rows, job.length, dtype=torch.long, device=fabric.device)
     try:
         model.to(fabric.device)
+        if model.teacher is not None:
+            model.teacher.place(fabric)
         with fabric.autocast():
             model(ids, ids).backward()
         # The optimizer's two moments are not there yet.
