@@ -14,7 +14,6 @@ from phi_lit.errors import UserError
 from phi_lit.train.job import Job, Machine
 from phi_lit.train.memory import predict_memory
 from phi_lit.train.model import LossModel
-from phi_lit.train.teacher import bytes_of as bytes_of_teacher
 
 ROOM = 0.9
 """Share of the memory that is used: fragmentation and the data take the rest."""
@@ -30,10 +29,10 @@ def refuse_what_cannot_fit(job: Job, machine: Machine, rows: int) -> None:
         room: float = torch.cuda.get_device_properties(0).total_memory
     else:
         room = psutil.virtual_memory().available / machine.devices
-    need = predict_memory(job, machine, rows).total
+    memory = predict_memory(job, machine, rows)
+    need = memory.total
     if need > CERTAIN * room:
-        teacher = bytes_of_teacher(job, machine)
-        beside = f" beside its teacher's {teacher / 1e9:,.1f} GB" if teacher else ""
+        beside = f" beside its teacher's {memory.teacher / 1e9:,.1f} GB" if memory.teacher else ""
         raise UserError(
             f"a step of {rows} rows of {job.length} tokens of {job.config.name}{beside} needs "
             f"about {need / 1e9:,.1f} GB on each device, and {room / 1e9:,.1f} GB are there; lower "

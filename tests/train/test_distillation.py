@@ -390,10 +390,13 @@ def test_teachers_that_do_not_fit_are_refused_in_one_line(
 
 
 def test_a_teacher_larger_than_memory_is_refused_before_its_weights_are_read(
-    tmp_path: Path, train: Callable[..., Path], teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, train: Callable[..., Path], teacher_dir: Path
 ) -> None:
-    from phi_lit.train import teacher
-
-    monkeypatch.setattr(teacher, "bytes_of", lambda job, machine: 1e13)
-    with pytest.raises(UserError, match=r"beside its teacher's 10,000\.0 GB needs about 10,000"):
-        train(tmp_path / "out", **distilled(teacher_dir))
+    large = tmp_path / "large"
+    large.mkdir()
+    for file in teacher_dir.iterdir():
+        (large / file.name).write_bytes(file.read_bytes())
+    config = yaml.safe_load((large / "model_config.yaml").read_text())
+    (large / "model_config.yaml").write_text(yaml.safe_dump({**config, "intermediate_size": 2**33}))
+    with pytest.raises(UserError, match=r"phi1-test beside its teacher's 8,79\d\.\d GB needs"):
+        train(tmp_path / "out", **distilled(large))
