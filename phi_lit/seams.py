@@ -117,7 +117,7 @@ SEAMS = (
     ),
 )
 
-DATA_MODULES = ("phi_lit.data.textbook",)
+DATA_MODULES = ("phi_lit.data.textbook", "phi_lit.data.exercises", "phi_lit.data.instruct")
 """Where our data modules lie. They are imported with `litgpt.pretrain`, which every command line
 loads, because jsonargparse finds a class by its bare name (`class_path: CodeTextbook`) only among
 the imported subclasses of LitGPT's DataModule."""

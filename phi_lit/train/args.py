@@ -40,6 +40,12 @@ class TrainArgs(LitGPTTrainArgs):
     weight_decay_on: Literal["all", "matrices"] | None = None
     """Which parameters the optimizer's weight decay pulls: all of them (LitGPT), or only the
     weights of linear layers, leaving out biases, norms and embeddings"""
+    pack: bool | None = None
+    """Pack several examples into each row (finetuning): best-fit, drawn anew in every epoch, so
+    that few positions are padding. They don't see each other unless document_mask is false"""
+    document_mask: bool | None = None
+    """Let a token see its own document only, positions beginning anew there: on for packed
+    examples; for rows of a flat array (CodeTextbook) off as in the paper"""
     z_loss: float | None = None
     """Weight of the mean squared log-partition added to the loss (PaLM: 1e-4)"""
     init: Literal["litgpt", "normal", "gpt2"] | None = None
@@ -127,6 +133,11 @@ def asks_for_ours(train: LitGPTTrainArgs) -> bool:
     return train.micro_batch_size == "auto" or any(
         getattr(train, name, None) is not None for name in OURS
     )
+
+
+def masks_documents(train: TrainArgs) -> bool:
+    """Tell whether documents in one row are kept from seeing each other."""
+    return train.document_mask if train.document_mask is not None else bool(train.pack)
 
 
 def raise_together(faults: list[str]) -> None:

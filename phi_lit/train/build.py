@@ -24,15 +24,17 @@ from phi_lit.data.tokenizer import load_tokenizer
 from phi_lit.errors import UserError
 from phi_lit.train import checkpoint, state
 from phi_lit.train import teacher as teachers
+from phi_lit.train.args import masks_documents
 from phi_lit.train.checkpoint import Place
 from phi_lit.train.checkpointing import apply_activation_checkpointing
 from phi_lit.train.course import Course, plan_course
 from phi_lit.train.devices import peak_for
+from phi_lit.train.documents import apply_document_mask
 from phi_lit.train.dropout import apply_dropout
-from phi_lit.train.feed import Feed, make_feed
 from phi_lit.train.flops import count_parameters, flops_per_token_6n_12ldt
 from phi_lit.train.init import initialize
 from phi_lit.train.job import Job, Machine, plain
+from phi_lit.train.job_feed import held_out, make_job_feed
 from phi_lit.train.loop import Run, unwrapped
 from phi_lit.train.microbatch import largest_micro_batch, refuse_what_cannot_fit
 from phi_lit.train.model import LossModel, compile_blocks
@@ -59,7 +61,8 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
     given = job.train.micro_batch_size
     refuse_what_cannot_fit(job, machine, 1 if given == "auto" else given)
     prepare_data(job, fabric)
-    course = plan_course(job, make_job_feed(job, fabric, 1).rows_per_epoch)
+    planned = make_job_feed(job, fabric, 1)
+    course = plan_course(job, planned.rows_per_epoch)
     resume_dir = find_checkpoint(job, fabric, out_dir)
     manifest = checkpoint.read_manifest(resume_dir) if resume_dir else None
     identity = describe(job, machine, course)
@@ -83,7 +86,7 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
     place.micro_batch_size, place.compiled = micro_batch, compiled
 
     connect_data(job, micro_batch)
-    feed = make_job_feed(job, fabric, micro_batch)
+    feed = make_job_feed(job, fabric, micro_batch, planned)
     feed.seek(place.rows)
     peak = peak_for(fabric.device, arithmetic_of(machine.precision))
     monitor = Monitor(
@@ -94,7 +97,7 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
     )  # fmt: skip
     return Run(
         fabric=fabric, module=module, optimizers=optimizers, peaks=peaks, feed=feed,
-        held_out=job.data.val_dataloader, course=course, train=job.train, place=place,
+        held_out=held_out(job), course=course, train=job.train, place=place,
         monitor=monitor, out_dir=out_dir, seed=job.arguments["seed"], identity=identity,
         write_side_files=side_files(job),
         uniform_loss=teachers.loss_of_a_guess(job, math.log(job.config.padded_vocab_size or 2)),
@@ -141,18 +144,6 @@ def tell_data(job: Job, micro_batch: int) -> None:
     )
 
 
-def make_job_feed(job: Job, fabric: Fabric, micro_batch: int) -> Feed:
-    """Return the feed of the training split for this rank."""
-    return make_feed(
-        job.data.train_dataloader(),
-        micro_batch=micro_batch,
-        rank=fabric.global_rank,
-        world=fabric.world_size,
-        seed=job.arguments["seed"],
-        max_seq_length=job.length,
-    )
-
-
 # ------------------------------------------------------------------------------------------ resume
 
 
@@ -193,6 +184,8 @@ def describe(job: Job, machine: Machine, course: Course) -> dict[str, Any]:
         "dropout": {"attention": train.attention_dropout, "residual": train.residual_dropout},
         "precision": machine.precision,
         "seed": job.arguments["seed"],
+        **({"pack": True} if train.pack else {}),
+        **({"document_mask": True} if masks_documents(train) else {}),
     }
     return json.loads(json.dumps(description, default=str))
 
@@ -232,6 +225,8 @@ def build_model(job: Job, *, first_weights: bool) -> LossModel:
     apply_dropout(
         gpt, attention=train.attention_dropout or 0.0, residual=train.residual_dropout or 0.0
     )
+    if masks_documents(train):
+        apply_document_mask(gpt)
     apply_activation_checkpointing(gpt, train.activation_checkpointing or "none")
     return LossModel(gpt, z_loss=train.z_loss or 0.0)
 

@@ -26,7 +26,7 @@ from phi_lit.train import checkpoint, state
 from phi_lit.train.args import TrainArgs
 from phi_lit.train.checkpoint import Background, Place
 from phi_lit.train.course import Course
-from phi_lit.train.feed import IGNORE, Feed, pair
+from phi_lit.train.feed import Batch, Feed
 from phi_lit.train.init import reseed
 from phi_lit.train.monitor import Monitor
 
@@ -40,14 +40,14 @@ class Run:
 
     fabric: Fabric
     module: nn.Module
-    """The training module in Fabric's wrapper; called with (inputs, targets) it returns the
-    loss."""
+    """The training module in Fabric's wrapper; called with (inputs, targets, denominator,
+    documents) it returns the loss."""
     optimizers: list[Optimizer]
     """In Fabric's wrapper."""
     peaks: list[list[float]]
     """The highest learning rate of each optimizer's groups, as configured."""
     feed: Feed
-    held_out: Callable[[], Iterable[Any]]
+    held_out: Callable[[], Iterable[Batch]]
     """Makes one pass over the validation batches."""
     course: Course
     train: TrainArgs
@@ -64,6 +64,8 @@ class Run:
     sample: Callable[[], str] | None = None
     """Lets the model write, or None."""
     background: Background | None = None
+    rows_without_target: int = 0
+    """Rows since this process began that taught nothing: their answers were cut away."""
 
     def __post_init__(self) -> None:
         if self.train.async_save:
@@ -120,7 +122,7 @@ def step_once(run: Run, *, stop: bool) -> bool:
     # A step's loss is the mean over all its target tokens, wherever they lie: masked targets may
     # be spread unevenly over micro-batches and ranks. Ranks' gradients are averaged, hence the
     # number of ranks.
-    total = _total(fabric, sum(int((targets != IGNORE).sum()) for _, targets in batches))
+    total, empty = _count_targets(fabric, batches)
     if not total:
         run.monitor.say(
             f"step {step + 1}: not one target among its rows; are the answers cut off by "
@@ -128,11 +130,12 @@ def step_once(run: Run, *, stop: bool) -> bool:
         )
     denominator = max(total, 1) / fabric.world_size
     loss_sum = torch.zeros((), device=fabric.device)
-    for micro, (inputs, targets) in enumerate(batches):
+    for micro, batch in enumerate(batches):
         reseed(run.seed, step, micro, fabric.global_rank)
         last = micro == course.accumulate - 1
         with fabric.no_backward_sync(run.module, enabled=not last):
-            loss = run.module(fabric.to_device(inputs), fabric.to_device(targets), denominator)
+            inputs, targets, documents = fabric.to_device(batch)
+            loss = run.module(inputs, targets, denominator, documents)
             fabric.backward(loss)
         loss_sum += loss.detach().float() / fabric.world_size
     mean, stop, parts = _reduce(run, loss_sum, stop)
@@ -146,15 +149,22 @@ def step_once(run: Run, *, stop: bool) -> bool:
         optimizer.zero_grad(set_to_none=True)
     run.place.step += 1
     run.place.rows = run.feed.position
+    run.rows_without_target += empty
     _report(run, mean, norm, parts, seconds=time.perf_counter() - began)
     return stop
 
 
-def _total(fabric: Fabric, count: int) -> int:
-    if fabric.world_size == 1:
-        return count
-    counted = torch.tensor(count, device=fabric.device)
-    return int(fabric.all_reduce(counted, reduce_op="sum"))
+def _count_targets(fabric: Fabric, batches: list[Batch]) -> tuple[int, int]:
+    """Return how many targets a step has, and how many rows without one, over all ranks."""
+    counts = [
+        sum(batch.n_targets for batch in batches),
+        sum(batch.n_rows_without_target for batch in batches),
+    ]
+    if fabric.world_size > 1:
+        counts = fabric.all_reduce(
+            torch.tensor(counts, device=fabric.device), reduce_op="sum"
+        ).tolist()
+    return counts[0], counts[1]
 
 
 def _reduce(run: Run, loss: Tensor, stop: bool) -> tuple[float, bool, dict[str, float]]:
@@ -226,6 +236,7 @@ def _report(run: Run, loss: float, norm: float, parts: dict[str, float], *, seco
         "grad_norm": norm,
         **({} if scaler is None else {"loss_scale": scaler.get_scale()}),
         **({"skipped": run.place.skipped} if run.place.skipped else {}),
+        **({"rows_without_target": run.rows_without_target} if run.rows_without_target else {}),
     }
     if run.feed.rows_per_epoch:
         figures["epoch"] = run.feed.position / run.feed.rows_per_epoch
@@ -247,10 +258,10 @@ def validate(run: Run) -> float:
     for number, batch in enumerate(run.held_out()):
         if number * fabric.world_size >= run.course.validate_batches:
             break  # the same rows on any number of ranks
-        inputs, targets = pair(batch)
-        count = int((targets != IGNORE).sum())
+        count = batch.n_targets
         # Even a batch without a target runs: the other ranks' shards are gathered in the forward.
-        loss = run.module(fabric.to_device(inputs), fabric.to_device(targets))
+        inputs, targets, documents = fabric.to_device(batch)
+        loss = run.module(inputs, targets, None, documents)
         sums += torch.stack([loss.double() * count, loss.new_tensor(count).double()])
     if fabric.world_size > 1:
         sums = fabric.all_reduce(sums, reduce_op="sum")

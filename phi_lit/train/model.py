@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from litgpt.model import GPT
 from torch import Tensor, nn
 
+from phi_lit.train.documents import forward_within_documents
 from phi_lit.train.loss import Backend, HeadLoss, linear_cross_entropy, plain_loss
 
 if TYPE_CHECKING:
@@ -44,15 +45,15 @@ def let_head_step_aside(gpt: GPT) -> None:
         head.__class__ = SteppingAsideHead
 
 
-def hidden_states(gpt: GPT, idx: Tensor) -> Tensor:
+def hidden_states(gpt: GPT, idx: Tensor, documents: Tensor | None = None) -> Tensor:
     """Run a model whose head steps aside up to its head: (B, T, D); one whose head cannot, to its
-    logits."""
+    logits. `documents` is as in `LossModel.forward`."""
     head = plain_head(gpt)
     if not isinstance(head, SteppingAsideHead):
-        return gpt(idx)
+        return run_model(gpt, idx, documents)
     head.aside = True
     try:
-        return gpt(idx)
+        return run_model(gpt, idx, documents)
     finally:
         head.aside = False
 
@@ -99,23 +100,28 @@ class LossModel(nn.Module):
         return isinstance(plain_head(self.gpt), SteppingAsideHead)
 
     def forward(
-        self, idx: Tensor, targets: Tensor, denominator: Tensor | float | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        denominator: Tensor | float | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of predicting `targets` (B, T) from `idx` (B, T), both int64 ids.
 
         In evaluation it is the cross-entropy alone, without z-loss and teacher.
 
-        `denominator` replaces the number of counted targets; see `linear_cross_entropy`. Details
+        `denominator` replaces the number of counted targets; see `linear_cross_entropy`. With
+        `documents` (B, T) of int32 a token sees its own document only (`documents.py`). Details
         of the loss are left in `figures`.
         """
-        teacher = self.teacher.look_at(idx) if self.teacher and self.training else None
+        teacher = self.teacher.look_at(idx, documents) if self.teacher and self.training else None
         options: Any = dict(
             ignore_index=self.ignore_index,
             z_loss=self.z_loss,
             denominator=denominator,
             teacher=teacher,
         )
-        hidden = hidden_states(self.gpt, idx).flatten(0, 1)
+        hidden = hidden_states(self.gpt, idx, documents).flatten(0, 1)
         head = plain_head(self.gpt)
         if head is not None:
             result = linear_cross_entropy(
@@ -138,6 +144,11 @@ class LossModel(nn.Module):
         for name in ("cross_entropy", "divergence"):
             figure = getattr(result, name).detach().float()
             self.summed[name] = self.summed.get(name, 0) + figure
+
+
+def run_model(gpt: GPT, idx: Tensor, documents: Tensor | None) -> Tensor:
+    """Call a model on whole rows, or on each document in them by itself."""
+    return gpt(idx) if documents is None else forward_within_documents(gpt, idx, documents)
 
 
 def compile_blocks(gpt: GPT, **options: Any) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor
 from phi_lit.data.tokenizer import load_tokenizer
 from phi_lit.errors import UserError
 from phi_lit.train import checkpoint, foreign
+from phi_lit.train.args import masks_documents
 from phi_lit.train.distillation import TeacherHead
+from phi_lit.train.documents import apply_document_mask
 from phi_lit.train.flops import count_parameters
 from phi_lit.train.model import hidden_states, let_head_step_aside, plain_head
 from phi_lit.train.strategy import shard_blocks
@@ -52,13 +54,13 @@ class Teacher:
         let_head_step_aside(gpt)
 
     @torch.no_grad()
-    def look_at(self, idx: Tensor) -> TeacherHead:
-        """Run the teacher on the student's ids (B, T), up to its head.
+    def look_at(self, idx: Tensor, documents: Tensor | None = None) -> TeacherHead:
+        """Run the teacher on the student's ids (B, T), up to its head; documents as the student's.
 
         A teacher whose logits are not one linear layer of its hidden states makes them whole.
         """
         with torch.autocast(idx.device.type, enabled=False):
-            hidden = hidden_states(self.gpt, idx).flatten(0, 1)
+            hidden = hidden_states(self.gpt, idx, documents).flatten(0, 1)
         head = plain_head(self.gpt)
         weight, bias = (None, None) if head is None else (head.weight, head.bias)
         return TeacherHead(hidden, weight, bias, self.share, self.temperature)
@@ -89,6 +91,8 @@ def open_teacher(job: "Job", machine: "Machine") -> Teacher | None:
     checkpoint.load_weights(gpt, job.train.teacher)
     gpt.max_seq_length = job.length
     cosine, sine = gpt.cos, gpt.sin
+    if masks_documents(job.train):
+        apply_document_mask(gpt)
     gpt.to(DTYPES[precision_of(job, machine)])
     gpt.cos, gpt.sin = cosine, sine
     return Teacher(gpt, share=share_of(job), temperature=temperature_of(job))

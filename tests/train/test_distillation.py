@@ -226,6 +226,22 @@ def test_model_with_teacher_equals_two_models_and_the_definition(capped):
     assert all(p.grad is None and not p.requires_grad for p in other.parameters())
 
 
+def test_the_teacher_sees_documents_as_the_student_does():
+    """A row of two documents gives the loss of two rows of one."""
+    from phi_lit.train.documents import apply_document_mask
+
+    torch.manual_seed(1)
+    gpt, other = small_gpt(), small_gpt(n_embd=96)
+    for each in (gpt, other):
+        apply_document_mask(each)
+    model = LossModel(gpt, teacher=Teacher(other, share=0.6, temperature=2.0))
+    ids, targets = torch.randint(0, 512, (1, 24)), torch.randint(0, 512, (1, 24))
+    documents = torch.tensor([[0] * 10 + [1] * 14], dtype=torch.int32)
+    together = model(ids, targets, 24.0, documents)
+    apart = model(ids[:, :10], targets[:, :10], 24.0) + model(ids[:, 10:], targets[:, 10:], 24.0)
+    torch.testing.assert_close(together, apart)
+
+
 def test_the_held_out_loss_knows_no_teacher():
     torch.manual_seed(1)
     gpt, other = small_gpt(), small_gpt()
