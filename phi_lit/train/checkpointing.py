@@ -38,6 +38,7 @@ _KEPT = (
     "phi_lit::dropout_attention",
     "phi_lit::segment_attention",
     "flash_attn::_flash_attn_varlen_forward",
+    "phi_moe::experts",
     # Attention that is kept draws no random numbers in the second pass: a dropout after it would
     # then draw others than in the first. So on GPUs its mask is kept too.
     "aten::native_dropout",
