@@ -231,6 +231,7 @@ def cpu_linear(mode: str, dtype: torch.dtype) -> type[OnLoad]:
                 compress_statistics=nested == "dq",
                 quant_type=bits,
             )
+            self.weight.bnb_quantized = True  # nothing to quantize when it is moved, before loading
             # the fused kernel takes 32 rows at a time, and blocks of 64 that end with a row
             self.packs = fast and self.out_features % 32 == 0 and self.in_features % 64 == 0
 
@@ -257,6 +258,9 @@ def cpu_linear(mode: str, dtype: torch.dtype) -> type[OnLoad]:
     class Linear8bit(OnLoad, bnb.nn.Linear8bitLt):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs, has_fp16_weights=False, threshold=OUTLIER)
+            shape = (self.out_features, self.in_features)
+            codes = torch.empty(shape, dtype=torch.int8)
+            self.weight = bnb.nn.Int8Params(codes, requires_grad=False)
 
         def quantize_(self, weight: Tensor) -> None:
             self.state.CB = self.state.SCB = None
