@@ -23,6 +23,7 @@ from phi_lit.data.tokenizer import load_tokenizer
 from phi_lit.files import disk_errors
 from phi_lit.registry import VOCABULARY
 from phi_lit.train import checkpoint
+from phi_lit.train.adaptation import quantizer
 from phi_lit.train.args import TrainArgs, raise_together
 from phi_lit.train.build import build
 from phi_lit.train.job import Job, Machine, flat, plain
@@ -43,7 +44,7 @@ def launch(job: Job) -> None:
     machine = Machine(
         devices=parse_devices(arguments["devices"]),
         num_nodes=arguments["num_nodes"],
-        precision=arguments["precision"] or get_default_supported_precision(training=True),
+        precision=arguments["precision"] or _default_precision(job),
         kind="cuda" if torch.cuda.is_available() else "cpu",
     )
     check(job, machine)
@@ -58,7 +59,8 @@ def launch(job: Job) -> None:
         accelerator=machine.kind,
         devices=machine.devices,
         num_nodes=machine.num_nodes,
-        precision=machine.precision,  # type: ignore[arg-type]
+        precision=None if job.quantize else machine.precision,  # type: ignore[arg-type]
+        plugins=quantizer(job.quantize, machine.precision) if job.quantize else None,
         loggers=[logger],
         strategy=make_strategy(
             arguments["strategy"] or "auto",
@@ -78,6 +80,12 @@ def launch(job: Job) -> None:
         _train(job, run)
     finally:
         run.monitor.close()
+
+
+def _default_precision(job: Job) -> str:
+    if job.quantize:
+        return "bf16-true" if torch.cuda.is_available() else "32-true"
+    return get_default_supported_precision(training=True)
 
 
 def check(job: Job, machine: Machine) -> None:
@@ -107,6 +115,10 @@ def check(job: Job, machine: Machine) -> None:
         faults.append("train.async_save writes whole tensors; leave out checkpoint_format: sharded")
     faults += _vocabulary_faults(job)
     faults += faults_of_teacher(job, machine, strategy)
+    if job.adaptation is not None:
+        faults += job.adaptation.faults(job)
+    if job.quantize and machine.world > 1:
+        faults.append("quantize works on one device; set devices: 1")
     optimizer, _ = parse_optimizer(arguments["optimizer"])
     fp16 = machine.precision == "16-mixed"
     if fp16 and optimizer.__name__ in MATRICES_ONLY:
@@ -184,8 +196,20 @@ def _train(job: Job, run: Run) -> None:
             checkpoint.consolidate(last)
         checkpoint.copy_as_final(last, run.out_dir / "final")
         run.monitor.close()
+        if job.arguments.get("lora_r") and job.adaptation is not None:
+            _merge(job, run)
         _summarize(job, run)
     fabric.barrier()
+
+
+def _merge(job: Job, run: Run) -> None:
+    """Make ordinary checkpoints of the last and the best LoRA weights."""
+    from phi_lit.merge import merge_into
+
+    assert job.weights_dir is not None
+    settings = {name: value for name, value in job.arguments.items() if name.startswith("lora_")}
+    for name in ("final", "best") if run.train.keep_best else ("final",):
+        merge_into(run.out_dir / name, job.weights_dir, settings)
 
 
 def _summarize(job: Job, run: Run) -> None:

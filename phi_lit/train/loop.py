@@ -59,6 +59,8 @@ class Run:
     """What a resumed run must match."""
     write_side_files: Callable[[Path], None]
     """Writes what makes a checkpoint directory LitGPT's: config, tokenizer, prompt style."""
+    weights_file: str
+    """Where LitGPT looks for the weights that train."""
     uniform_loss: float
     """Loss of a uniform guess: ln(vocabulary)."""
     sample: Callable[[], str] | None = None
@@ -305,8 +307,9 @@ def save(run: Run) -> None:
 
     def write() -> None:
         checkpoint.write_whole(
-            directory, model_state, optimizer_state, place, run.identity, run.write_side_files
-        )
+            directory, model_state, optimizer_state, place, run.identity, run.write_side_files,
+            weights_file=run.weights_file,
+        )  # fmt: skip
         _point(run, directory, place)
 
     if run.background is not None:
