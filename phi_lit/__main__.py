@@ -24,11 +24,13 @@ COMMANDS = {
     "tokenizer train": "phi_lit.data.tokenizer:train",
     "tokenizer codegen": "phi_lit.data.tokenizer:codegen",
     "tokenizer pad": "phi_lit.data.padding:pad",
+    "import-gguf": "phi_lit.gguf:import_gguf",
     "plan": "phi_lit.train.plan:plan",
     "upcycle": "phi_lit.upcycle:upcycle",
     "resize": "phi_lit.train.resize:resize",
     "stages": "phi_lit.stages:stages",
     "consolidate": "phi_lit.train.checkpoint:consolidate",
+    "export": "phi_lit.export.command:export",
     "configs": "phi_lit.configs:configs",
 }
 """Our commands, one word or two, and the function behind each as `module:function`."""

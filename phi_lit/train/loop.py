@@ -60,6 +60,8 @@ class Run:
     """What a resumed run must match."""
     write_side_files: Callable[[Path], None]
     """Writes what makes a checkpoint directory LitGPT's: config, tokenizer, prompt style."""
+    weights_file: str
+    """Where LitGPT looks for the weights that train."""
     uniform_loss: float
     """Loss of a uniform guess: ln(vocabulary)."""
     experts: Experts
@@ -144,7 +146,7 @@ def step_once(run: Run, *, stop: bool) -> bool:
             fabric.backward(loss)
         run.experts.note(micro)
         loss_sum += loss.detach().float() / fabric.world_size
-    mean, stop = _reduce(fabric, loss_sum, stop)
+    mean, stop, parts = _reduce(run, loss_sum, stop)
     norm = _clip(run)
     good = _is_good(run, mean, norm)
     if good:
@@ -158,7 +160,7 @@ def step_once(run: Run, *, stop: bool) -> bool:
     run.place.step += 1
     run.place.rows = run.feed.position
     run.rows_without_target += empty
-    _report(run, mean, norm, routed, seconds=time.perf_counter() - began)
+    _report(run, mean, norm, {**parts, **routed}, seconds=time.perf_counter() - began)
     return stop
 
 
@@ -175,13 +177,22 @@ def _count_targets(fabric: Fabric, batches: list[Batch]) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def _reduce(fabric: Fabric, loss: Tensor, stop: bool) -> tuple[float, bool]:
-    """Return (the loss of all ranks, whether any of them wants to stop)."""
-    figures = torch.stack([loss, torch.tensor(float(stop), device=loss.device)])
-    if fabric.world_size > 1:
-        figures = fabric.all_reduce(figures, reduce_op="sum")
+def _reduce(run: Run, loss: Tensor, stop: bool) -> tuple[float, bool, dict[str, float]]:
+    """Return (the loss of all ranks, whether any of them wants to stop, the loss's parts)."""
+    world, parts = run.fabric.world_size, getattr(unwrapped(run.module), "summed", {})
+    figures = torch.stack(
+        [
+            loss,
+            torch.tensor(float(stop), device=loss.device),
+            *(part / world for part in parts.values()),
+        ]
+    )
+    if world > 1:
+        figures = run.fabric.all_reduce(figures, reduce_op="sum")
     values = figures.tolist()
-    return values[0], values[1] > 0
+    named = dict(zip(parts, values[2:], strict=True))
+    parts.clear()
+    return values[0], values[1] > 0, named
 
 
 def _clip(run: Run) -> float:
@@ -231,15 +242,15 @@ def _handle_bad(run: Run, loss: float, norm: float) -> None:
     )
 
 
-def _report(run: Run, loss: float, norm: float, routed: dict[str, Any], *, seconds: float) -> None:
+def _report(run: Run, loss: float, norm: float, parts: dict[str, Any], *, seconds: float) -> None:
     scaler = _scaler(run.fabric)
     figures: dict[str, Any] = {
         "loss": loss,
+        **parts,
         "learning_rate": run.course.rate(run.place.step - 1, run.peaks[0][0]),
         "grad_norm": norm,
         **({} if scaler is None else {"loss_scale": scaler.get_scale()}),
         **({"skipped": run.place.skipped} if run.place.skipped else {}),
-        **routed,
         **({"rows_without_target": run.rows_without_target} if run.rows_without_target else {}),
     }
     if run.feed.rows_per_epoch:
@@ -309,8 +320,9 @@ def save(run: Run) -> None:
 
     def write() -> None:
         checkpoint.write_whole(
-            directory, model_state, optimizer_state, place, run.identity, run.write_side_files
-        )
+            directory, model_state, optimizer_state, place, run.identity, run.write_side_files,
+            weights_file=run.weights_file,
+        )  # fmt: skip
         _point(run, directory, place)
 
     if run.background is not None:
