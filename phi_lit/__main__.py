@@ -20,8 +20,10 @@ COMMANDS = {
     "prepare": "phi_lit.data.prepare:prepare",
     "tokenizer train": "phi_lit.data.tokenizer:train",
     "tokenizer codegen": "phi_lit.data.tokenizer:codegen",
+    "import-gguf": "phi_lit.gguf:import_gguf",
     "plan": "phi_lit.train.plan:plan",
     "consolidate": "phi_lit.train.checkpoint:consolidate",
+    "export": "phi_lit.export.command:export",
     "configs": "phi_lit.configs:configs",
 }
 """Our commands, one word or two, and the function behind each as `module:function`."""
