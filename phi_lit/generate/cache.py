@@ -16,7 +16,6 @@ from litgpt.model import CausalSelfAttention, KVCache, MultiheadLatentAttention,
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 _TOKENS = 32
 """Room for tokens is made by so many."""
 
@@ -111,6 +110,12 @@ class Pair:
         self.k, self.v = _grown(self.k, places, tokens, k), _grown(self.v, places, tokens, v)
         return self.k, self.v
 
+    def read(self, places: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the first places and tokens."""
+        assert self.k is not None, "nothing was written"
+        assert self.v is not None
+        return self.k[:places, :, :tokens], self.v[:places, :, :tokens]
+
     def move(self, source: int, target: int) -> None:
         """Copy one place to another."""
         for held in (self.k, self.v):
@@ -126,7 +131,9 @@ def _grown(held: Tensor | None, places: int, tokens: int, like: Tensor) -> Tenso
         return held
     # Half as much again each time, so that growing costs little in all. Zeros, because a weight of
     # zero times whatever was in the memory may be NaN.
-    places, tokens = (had if n <= had else max(n, had * 3 // 2) for n, had in zip(wanted, old))
+    places, tokens = (
+        had if n <= had else max(n, had * 3 // 2) for n, had in zip(wanted, old, strict=True)
+    )
     grown = like.new_zeros((places, like.shape[1], tokens, like.shape[3]))
     if held is not None:
         grown[: old[0], :, : old[1]] = held
@@ -204,17 +211,13 @@ class Attention(KVCache):
 
     def _decode(self, q: Tensor, step: Decode) -> Tensor:
         """Attend to the shared prompt and to own tokens, under one softmax."""
-        assert self.own.k is not None and self.own.v is not None
         rows, heads = q.shape[:2]
-        k_BGLD, v_BGLD = self.own.k[:rows, :, : step.tokens], self.own.v[:rows, :, : step.tokens]
+        k_BGLD, v_BGLD = self.own.read(rows, step.tokens)
         q_BGRD = q.view(rows, k_BGLD.shape[1], -1, q.shape[3])
         score = q_BGRD @ k_BGLD.mT
         shared, T = step.groups, step.prefix_tokens
         if shared is not None:
-            assert self.prefix.k is not None and self.prefix.v is not None
-            k_PGTD, v_PGTD = (
-                x[: shared.prompts, :, :T] for x in (self.prefix.k, self.prefix.v)
-            )
+            k_PGTD, v_PGTD = self.prefix.read(shared.prompts, T)
             prefix_score = shared.gather(shared.spread(q_BGRD) @ k_PGTD.mT)
             score = torch.cat((prefix_score, score), -1)
         score = score * self.scale

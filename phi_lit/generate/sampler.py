@@ -8,8 +8,9 @@ the last bits of the logits; it can turn a choice only where two tokens are that
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from litgpt.model import GPT
@@ -268,7 +269,7 @@ class _Work:
         """Give free rows to waiting samples, with their first token, and close what stays free."""
         while self.waiting and (free := self._free_rows(batch)):
             come = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting)))]
-            for place, (prompt, sample) in zip(free, come):
+            for place, (prompt, sample) in zip(free, come, strict=False):
                 prompt.waiting -= 1
                 prompt.rows += 1
                 self._put(place, self._new_row(prompt, sample))
@@ -319,29 +320,24 @@ class _Work:
         device = self.sampler.device
         length = torch.tensor([len(prompt.ids) for prompt in prompts])
         ids = torch.zeros(len(prompts), int(length.max()), dtype=torch.int64)
-        for row, prompt in zip(ids, prompts):
+        for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt.ids)] = torch.tensor(prompt.ids)
         place = torch.tensor([prompt.slot for prompt in prompts], device=device)
         self.sampler.cache.step = Prefill(place, self.shared)
         logits = self.sampler.prefill_logits(ids.to(device), length.to(device))
-        for prompt, logits_V in zip(prompts, logits):
+        for prompt, logits_V in zip(prompts, logits, strict=True):
             prompt.logits_V = logits_V
 
     def _close_gaps(self) -> None:
         """Move the last rows, and the last prompts, into gaps that nothing will fill."""
-        for held, move in (
-            (self.rows, self.sampler.cache.move_row),
-            (self.prompts, self.sampler.cache.move_prompt),
-        ):
-            while None in held:
-                if held[-1] is not None:
-                    gap = held.index(None)
-                    move(len(held) - 1, gap)
-                    held[gap] = held[-1]
-                    if isinstance(prompt := held[gap], _Prompt):
-                        prompt.slot = gap
-                held.pop()
-                self._groups = None
+        if None not in self.rows and None not in self.prompts:
+            return
+        _close(self.rows, self.sampler.cache.move_row)
+        _close(self.prompts, self.sampler.cache.move_prompt)
+        for slot, prompt in enumerate(self.prompts):
+            assert prompt is not None
+            prompt.slot = slot
+        self._groups = None
 
     # ------------------------------------------------------------------------------- one token on
 
@@ -378,7 +374,7 @@ class _Work:
         keys = position_keys([row.key for row in rows], [len(row.ids) for row in rows])
         with torch.inference_mode():
             tokens = choose(logits_BV, self.sampling, keys).tolist()
-        for place, row, token in zip(places, rows, tokens):
+        for place, row, token in zip(places, rows, tokens, strict=True):
             row.ids.append(token)
             reason = self._reason_to_end(row, token)
             if reason:
@@ -411,9 +407,17 @@ class _Work:
             if reason == "eos" or row.ids[-1] in self.stop_ids:
                 row.stop.flush()
             text = row.stop.text
-        return Completion(
-            row.prompt.number, row.sample, text, row.ids, reason, len(row.prompt.ids)
-        )
+        return Completion(row.prompt.number, row.sample, text, row.ids, reason, len(row.prompt.ids))
+
+
+def _close(held: list[Any], move: Callable[[int, int], None]) -> None:
+    """Close the gaps (None) of a list from its end, and `move` what belongs to the entries."""
+    while None in held:
+        if held[-1] is not None:
+            gap = held.index(None)
+            move(len(held) - 1, gap)
+            held[gap] = held[-1]
+        held.pop()
 
 
 def special_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
