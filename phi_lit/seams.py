@@ -20,10 +20,14 @@ from phi_lit.errors import UserError, did_you_mean, show_user_errors
 
 if TYPE_CHECKING:
     from litgpt.config import Config
+    from litgpt.model import Block
     from litgpt.prompts import PromptStyle
 
 LITGPT_VERSION = "0.5.13"
 """The LitGPT that the signatures below were read from."""
+
+MOE_CLASS = "PhiMoE"
+"""`mlp_class_name` of models with the experts of `extensions/phi_moe`."""
 
 LITGPT_COMMANDS = (
     "download", "chat", "finetune", "finetune_lora", "finetune_full", "finetune_adapter",
@@ -35,18 +39,24 @@ LITGPT_COMMANDS = (
 """`litgpt.parser_config.parser_commands()`, known here so that `phi-lit --help` needs no torch."""
 
 
+ABSENT = "absent"
+"""The signature of an attribute that LitGPT does not have."""
+
+
 @dataclass(frozen=True)
 class Seam:
-    """One attribute of LitGPT that we replace (a function) or extend in place (a list or dict)."""
+    """One attribute of LitGPT that we replace (a function), extend (a list or dict) or add."""
 
     module: str
     """The LitGPT module that holds the attribute."""
     attribute: str
     """Its name there, with dots where it sits in a class."""
     signature: str
-    """What it was when the replacement was written, in the words of `signature_of`."""
+    """What it was when the replacement was written, in the words of `signature_of`; `ABSENT` where
+    LitGPT looks something up by name that we add."""
     replacement: str
-    """Where ours lies, as `module:name`."""
+    """Where ours lies, as `module:name`. In place of a dict's new entries it may be a function that
+    is given LitGPT's dict and returns what changes in it."""
     why: str
     """What LitGPT cannot do without it."""
     wraps: bool = False
@@ -111,11 +121,47 @@ SEAMS = (
         "an unknown model name is answered with the nearest ones",
     ),
     Seam(
+        "litgpt.config",
+        "Config.__post_init__",
+        "self",
+        "phi_lit.seams:config_post_init",
+        "settings of experts that make no sense are told in one line",
+    ),
+    Seam(
+        "litgpt.config",
+        "Config.__init__.__annotations__",
+        "dict",
+        "phi_lit.seams:config_annotations",
+        "`model_config:` in a YAML may say mlp_class_name: PhiMoE",
+    ),
+    Seam(
         "litgpt.prompts",
         "model_name_to_prompt_style",
         "model_name",
         "phi_lit.seams:prompt_style_of_model",
         "the style that LitGPT finds in the name phi-1 appends 'Answer:' to code",
+    ),
+    *(
+        Seam(module, attribute, signature, replacement, why)
+        for module, layer in (
+            ("litgpt.model", "layer"),
+            ("litgpt.lora", "lora"),
+            ("litgpt.adapter_v2", "adapter_v2"),
+        )
+        for attribute, signature, replacement, why in (
+            (
+                "PhiMoE",
+                ABSENT,
+                f"extensions.phi_moe.{layer}:PhiMoE",
+                "LitGPT finds the class of an MLP by its name in this module",
+            ),
+            (
+                "Block.__init__",
+                "self, config, block_idx",
+                f"phi_lit.seams:{module.rpartition('.')[2]}_block_init",
+                "a block learns which layer it is, and gets its experts after the MLP",
+            ),
+        )
     ),
     Seam(
         "litgpt.prompts",
@@ -248,6 +294,8 @@ def signature_of(thing: Any) -> str:
 
     A parameter with a default ends in `=`: whether there is one matters, its value does not.
     """
+    if thing is None:
+        return ABSENT
     if not callable(thing):
         return type(thing).__name__
     marks: dict[Any, str] = {
@@ -294,7 +342,10 @@ def _find(module: ModuleType, seam: Seam) -> tuple[Any, str, Any]:
     holder: Any = module
     for name in path:
         holder = getattr(holder, name)
-    return holder, leaf, inspect.getattr_static(holder, leaf)
+    if seam.signature == ABSENT:
+        return holder, leaf, getattr(holder, leaf, None)
+    raw = inspect.getattr_static(holder, leaf)
+    return holder, leaf, getattr(holder, leaf) if inspect.isgetsetdescriptor(raw) else raw
 
 
 def _original(raw: Any) -> Any:
@@ -310,8 +361,8 @@ def _fault(module: ModuleType, seam: Seam) -> str | None:
     found = signature_of(_original(raw))
     if found != seam.signature:
         return f"{seam.name} is ({found}) where ({seam.signature}) was expected"
-    ours = set(_load(seam.replacement)) if isinstance(raw, dict) else set()
-    if taken := sorted(ours.intersection(raw) if isinstance(raw, dict) else ()):
+    ours = _load(seam.replacement) if isinstance(raw, dict) else None
+    if isinstance(ours, dict) and (taken := sorted(ours.keys() & raw.keys())):
         return f"{seam.name} has its own {', '.join(taken)}"
     return None
 
@@ -324,7 +375,7 @@ def _apply(module: ModuleType, seam: Seam) -> None:
         raw.extend(ours)
     elif isinstance(raw, dict):
         _stock[seam.name] = dict(raw)
-        raw.update(ours)
+        raw.update(ours(raw) if callable(ours) else ours)
     else:
         _stock[seam.name] = _original(raw)
         ours = ours(_original(raw)) if seam.wraps else ours
@@ -355,6 +406,48 @@ def config_from_name(cls: "type[Config]", name: str, **kwargs: Any) -> "Config":
         raise UserError(
             f"{error}.{near_model_names(name)} `litgpt download list` shows them all."
         ) from None
+
+
+def config_post_init(self: "Config") -> None:
+    """Replace `Config.__post_init__`: experts are checked before LitGPT looks at the rest.
+
+    Raises:
+        UserError: the settings of experts make no sense; all that is wrong with them is told.
+    """
+    if self.mlp_class_name == MOE_CLASS:
+        from extensions.phi_moe.settings import faults
+
+        if wrong := faults(self):
+            raise UserError(f"{self.name or 'model_config'}: {'; '.join(wrong)}")
+    stock("litgpt.config.Config.__post_init__")(self)
+
+
+def config_annotations(stocks: dict[str, Any]) -> dict[str, Any]:
+    """Return the types of `Config`'s arguments that change: one more name of an MLP class."""
+    from typing import Literal, get_args
+
+    names = (*get_args(stocks["mlp_class_name"]), MOE_CLASS)
+    return {"mlp_class_name": Literal[names]}
+
+
+def _block_init(module: str) -> Callable[..., None]:
+    """Return what replaces `Block.__init__` in a LitGPT module."""
+
+    def __init__(self: "Block", config: "Config", block_idx: int) -> None:
+        init = stock(f"{module}.Block.__init__")
+        if config.mlp_class_name != MOE_CLASS:
+            init(self, config, block_idx)
+            return
+        from extensions.phi_moe.placement import place_experts
+
+        place_experts(self, config, block_idx, init)
+
+    return __init__
+
+
+model_block_init = _block_init("litgpt.model")
+lora_block_init = _block_init("litgpt.lora")
+adapter_v2_block_init = _block_init("litgpt.adapter_v2")
 
 
 def near_model_names(name: str) -> str:
