@@ -137,8 +137,9 @@ def check_mode(mode: str) -> None:
     """Raise a `UserError` if bitsandbytes has no such mode."""
     known = (*MODES, "int8-training")
     if mode not in known:
+        near = did_you_mean(f"bnb.{mode}", [f"bnb.{name}" for name in known])
         raise UserError(
-            f"bnb.{mode} is not a way to quantize.{did_you_mean(mode, known)} "
+            f"bnb.{mode} is not a way to quantize.{near} "
             f"Known are {', '.join(f'bnb.{name}' for name in MODES)}."
         )
 

@@ -238,6 +238,22 @@ SEAMS = (
         "phi_lit.export.evaluate:convert_and_evaluate",
         "it needs a config.json, which checkpoints trained from scratch lack",
     ),
+    Seam(
+        "litgpt.chat.base",
+        "main",
+        "checkpoint_dir, max_new_tokens=, top_k=, top_p=, temperature=, quantize=, precision=, "
+        "compile=, multiline=, access_token=",
+        "phi_lit.chat.terminal:main",
+        "conversations of several turns; what cannot work is told before weights load",
+    ),
+    Seam(
+        "litgpt.chat.base",
+        "interact",
+        "multiline, model, tokenizer, prompt_style, fabric, temperature, max_new_tokens, top_k, "
+        "top_p, stop_tokens",
+        "phi_lit.chat.terminal:interact",
+        "a long prompt, bytes that are no text, or Ctrl-C must not end the session",
+    ),
     *(
         Seam(
             module,
