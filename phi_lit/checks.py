@@ -195,7 +195,7 @@ def predicted_bytes(state: dict[str, Any], quantize: str | None, precision: str 
     )
 
 
-def free_bytes() -> int:
+def free_bytes() -> float:
     """Return the memory that is free where the model goes: the GPU's, or what this process may."""
     import torch
 

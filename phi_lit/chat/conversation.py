@@ -26,8 +26,8 @@ Render = Callable[[Sequence[Message]], str]
 def renderer(checkpoint_dir: Path, style: "PromptStyle") -> Render:
     """Return how a checkpoint writes down a conversation.
 
-    Its own chat template (in tokenizer_config.json or chat_template.jinja) is used unless its prompt
-    style is Default, which leaves text as it is.
+    Its own chat template (in tokenizer_config.json or chat_template.jinja) is used unless its
+    prompt style is Default, which leaves text as it is.
 
     Raises:
         UserError: the template is broken.
@@ -35,7 +35,9 @@ def renderer(checkpoint_dir: Path, style: "PromptStyle") -> Render:
     from litgpt.prompts import Default
 
     template = None if type(style) is Default else chat_template(checkpoint_dir)
-    return plain_renderer(style) if template is None else template_renderer(checkpoint_dir, template)
+    if template is None:
+        return plain_renderer(style)
+    return template_renderer(checkpoint_dir, template)
 
 
 def chat_template(checkpoint_dir: Path) -> str | None:
@@ -84,9 +86,7 @@ def template_renderer(checkpoint_dir: Path, template: str) -> Render:
 
     def render(messages: Sequence[Message]) -> str:
         try:
-            return compiled.render(
-                messages=list(messages), add_generation_prompt=True, **special
-            )
+            return compiled.render(messages=list(messages), add_generation_prompt=True, **special)
         except Exception as error:  # whatever a stranger's template does wrong
             raise UserError(f"the chat template refuses these messages: {error}") from error
 
