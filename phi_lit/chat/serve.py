@@ -8,6 +8,7 @@ what is spread over several GPUs is still served that way.
 import json
 import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -138,7 +139,8 @@ def _run(app: "FastAPI", listener: socket.socket) -> None:
     import uvicorn
 
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
-    uvicorn.Server(config).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again once everything is closed
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def make_app(

@@ -62,7 +62,9 @@ def test_a_default_style_leaves_text_alone_even_where_a_template_lies(chatml_dir
 def conversation(context: int, system: str | None = None) -> Conversation:
     from litgpt.prompts import Default
 
-    return Conversation(plain_renderer(Default()), lambda text: list(text.encode()), context, system)
+    return Conversation(
+        plain_renderer(Default()), lambda text: list(text.encode()), context, system
+    )
 
 
 def test_what_outgrows_the_context_is_dropped_from_its_start():

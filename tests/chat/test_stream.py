@@ -18,8 +18,6 @@ def say(speaker, prompt, **wish) -> tuple[Reply, list[str]]:
     return reply, list(speaker.pieces(reply, prompt, Wish(**wish)))
 
 
-
-
 def test_greedy_reply_is_litgpts(speaker, talker_dir, greedy):
     prompt = list(b"def f(x):")
     reply, pieces = say(speaker, prompt)
