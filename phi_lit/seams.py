@@ -94,7 +94,8 @@ GENERATOR_SIGNATURES = (
     f"checkpoint_dir, prompt=, {_PARTS}",
     f"checkpoint_dir, prompt=, {_PARTS}",
     "draft_model_checkpoint_dir, target_model_checkpoint_dir, prompt=, sys_prompt=, num_samples=, "
-    "max_new_tokens=, speculative_k=, top_k=, top_p=, temperature=, quantize=, precision=, compile=",
+    "max_new_tokens=, speculative_k=, top_k=, top_p=, temperature=, quantize=, precision=, "
+    "compile=",
 )
 """Their parameters, in the same order."""
 
@@ -267,6 +268,31 @@ SEAMS = (
         "dtype=, limit=, seed=, save_filepath=, access_token=",
         "phi_lit.export.evaluate:convert_and_evaluate",
         "it needs a config.json, which checkpoints trained from scratch lack",
+    ),
+    Seam(
+        "litgpt.chat.base",
+        "main",
+        "checkpoint_dir, max_new_tokens=, top_k=, top_p=, temperature=, quantize=, precision=, "
+        "compile=, multiline=, access_token=",
+        "phi_lit.chat.terminal:main",
+        "conversations of several turns; what cannot work is told before weights load",
+    ),
+    Seam(
+        "litgpt.chat.base",
+        "interact",
+        "multiline, model, tokenizer, prompt_style, fabric, temperature, max_new_tokens, top_k, "
+        "top_p, stop_tokens",
+        "phi_lit.chat.terminal:interact",
+        "a long prompt, bytes that are no text, or Ctrl-C must not end the session",
+    ),
+    Seam(
+        "litgpt.deploy.serve",
+        "run_server",
+        "checkpoint_dir, quantize=, precision=, temperature=, top_k=, top_p=, max_new_tokens=, "
+        "devices=, accelerator=, port=, stream=, openai_spec=, access_token=, api_path=, timeout=, "
+        "generate_strategy=",
+        "phi_lit.chat.serve:run_server",
+        "LitServe listens to everyone, counts no tokens, ignores stop strings and hung-up clients",
     ),
     *(
         Seam(
