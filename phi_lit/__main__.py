@@ -22,6 +22,7 @@ COMMANDS = {
     "tokenizer codegen": "phi_lit.data.tokenizer:codegen",
     "plan": "phi_lit.train.plan:plan",
     "consolidate": "phi_lit.train.checkpoint:consolidate",
+    "export": "phi_lit.export.command:export",
     "configs": "phi_lit.configs:configs",
 }
 """Our commands, one word or two, and the function behind each as `module:function`."""

@@ -85,6 +85,13 @@ SEAMS = (
         "the style that LitGPT finds in the name phi-1 appends 'Answer:' to code",
     ),
     Seam(
+        "litgpt.prompts",
+        "load_prompt_style",
+        "checkpoint_dir",
+        "phi_lit.seams:load_prompt_style",
+        "it calls whatever a checkpoint's prompt_style.yaml names; only prompt styles are called",
+    ),
+    Seam(
         "litgpt.pretrain",
         "setup",
         "model_name, model_config=, out_dir=, precision=, initial_checkpoint_dir=, resume=, data=, "
@@ -114,6 +121,57 @@ SEAMS = (
         "function, checkpoint_dir, known_commands=",
         "phi_lit.seams:save_stock_hyperparameters",
         "a run of LitGPT's own loop records LitGPT's own options, not ours",
+    ),
+    Seam(
+        "litgpt.utils",
+        "lazy_load",
+        "filename",
+        "phi_lit.tensors:lazy_load",
+        "Lightning's unpickler behind it calls whatever a checkpoint names",
+    ),
+    Seam(
+        "litgpt.utils",
+        "check_valid_checkpoint_dir",
+        "checkpoint_dir, model_filename=, verbose=, raise_error=, ignore_tokenizer_files=",
+        "phi_lit.tensors:check_valid_checkpoint_dir",
+        "weights that are cut short, or hold code, are told before a model is built",
+    ),
+    Seam(
+        "litgpt.utils",
+        "FSDPStrategy.load_checkpoint",
+        "self, path, state=, strict=, weights_only=",
+        "phi_lit.tensors:fsdp_load_checkpoint",
+        "the same unpickler, where a sharded run resumes from one file",
+    ),
+    Seam(
+        "litgpt.api",
+        "LLM.trainer_setup",
+        "self, trainer_ckpt=",
+        "phi_lit.tensors:llm_trainer_setup",
+        "it reads the checkpoint with weights_only=False",
+    ),
+    Seam(
+        "litgpt.api",
+        "LLM.distribute",
+        "self, accelerator=, devices=, precision=, quantize=, generate_strategy=, "
+        "fixed_kv_cache_size=",
+        "phi_lit.tensors:llm_distribute",
+        "two of its strategies read the checkpoint with weights_only=False",
+    ),
+    Seam(
+        "litgpt.scripts.convert_hf_checkpoint",
+        "convert_hf_checkpoint",
+        "checkpoint_dir, model_name=, dtype=, debug_mode=",
+        "phi_lit.export.back:convert_hf_checkpoint",
+        "what `phi-lit export` wrote comes back under the configuration it had, not a model name's",
+    ),
+    Seam(
+        "litgpt.eval.evaluate",
+        "convert_and_evaluate",
+        "checkpoint_dir, tasks=, out_dir=, force_conversion=, num_fewshot=, batch_size=, device=, "
+        "dtype=, limit=, seed=, save_filepath=, access_token=",
+        "phi_lit.export.evaluate:convert_and_evaluate",
+        "it needs a config.json, which checkpoints trained from scratch lack",
     ),
 )
 
@@ -275,6 +333,31 @@ def prompt_style_of_model(model_name: str) -> "PromptStyle":
     if model_name in MODELS:
         return Default()
     return stock("litgpt.prompts.model_name_to_prompt_style")(model_name)
+
+
+def load_prompt_style(checkpoint_dir: Path) -> "PromptStyle":
+    """Replace `load_prompt_style`: the same, but only a class of prompt style is ever called.
+
+    Raises:
+        UserError: the checkpoint's prompt_style.yaml names something else.
+    """
+    import yaml
+    from litgpt.prompts import PromptStyle
+
+    path = checkpoint_dir / "prompt_style.yaml"
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    place = str(written.get("class_path")) if isinstance(written, dict) else str(written)
+    module, _, name = place.rpartition(".")
+    try:
+        style = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} names {place}, which is not installed ({error})") from error
+    if not (isinstance(style, type) and issubclass(style, PromptStyle)):
+        raise UserError(
+            f"{path} names {place}, which is no prompt style, and nothing else is ever called; "
+            "litgpt.prompts has those that LitGPT knows, such as litgpt.prompts.Default"
+        )
+    return style()
 
 
 def save_stock_hyperparameters(

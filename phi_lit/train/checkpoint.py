@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from phi_lit.errors import UserError
 from phi_lit.files import PARTIAL, staged_dir, write_atomic
+from phi_lit.tensors import load_file
 from phi_lit.train.state import joined, parts_of
 
 FORMAT = 1
@@ -63,23 +64,6 @@ def save_file(content: Any, path: Path) -> None:
         except RuntimeError as error:
             file.flush()  # raises what the disk said, if that was it
             raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from error
-
-
-def load_file(path: Path) -> Any:
-    """Read a file of tensors, memory-mapped; never runs code from it.
-
-    Raises:
-        UserError: the file is missing, cut short, or holds more than tensors and plain values.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} is missing: this checkpoint is not whole")
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} cannot be read ({reason}): it is cut short, or not a file of tensors"
-        ) from error
 
 
 def weights_of(checkpoint_dir: Path) -> dict[str, Tensor]:
