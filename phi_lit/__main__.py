@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare": "phi_lit.data.prepare:prepare",
     "tokenizer train": "phi_lit.data.tokenizer:train",
     "tokenizer codegen": "phi_lit.data.tokenizer:codegen",
+    "import-gguf": "phi_lit.gguf:import_gguf",
     "plan": "phi_lit.train.plan:plan",
     "consolidate": "phi_lit.train.checkpoint:consolidate",
     "export": "phi_lit.export.command:export",
