@@ -134,7 +134,8 @@ SEAMS = (
         "check_valid_checkpoint_dir",
         "checkpoint_dir, model_filename=, verbose=, raise_error=, ignore_tokenizer_files=",
         "phi_lit.tensors:check_valid_checkpoint_dir",
-        "weights that are cut short, or hold code, are told before a model is built",
+        "weights that are cut short, or hold code, are told before a model is built; `LLM` relies on "
+        "it: it reads with weights_only=False",
     ),
     Seam(
         "litgpt.utils",
@@ -142,21 +143,6 @@ SEAMS = (
         "self, path, state=, strict=, weights_only=",
         "phi_lit.tensors:fsdp_load_checkpoint",
         "the same unpickler, where a sharded run resumes from one file",
-    ),
-    Seam(
-        "litgpt.api",
-        "LLM.trainer_setup",
-        "self, trainer_ckpt=",
-        "phi_lit.tensors:llm_trainer_setup",
-        "it reads the checkpoint with weights_only=False",
-    ),
-    Seam(
-        "litgpt.api",
-        "LLM.distribute",
-        "self, accelerator=, devices=, precision=, quantize=, generate_strategy=, "
-        "fixed_kv_cache_size=",
-        "phi_lit.tensors:llm_distribute",
-        "two of its strategies read the checkpoint with weights_only=False",
     ),
     Seam(
         "litgpt.scripts.convert_hf_checkpoint",

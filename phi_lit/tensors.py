@@ -1,9 +1,9 @@
 """Reading files of tensors without running code from them, in every LitGPT command.
 
 A `.pth` file is a pickle, and unpickling calls whatever the file names. LitGPT's `lazy_load` (which
-generate, chat, serve, finetuning and the converters read with) and three calls of its Python
-interface put no limit on that; here every such file goes through torch's restricted unpickler,
-memory-mapped, and what is not plain tensors is refused in one line. The seams are in `seams.py`.
+generate, chat, serve, finetuning and the converters read with) and its `LLM` put no limit on that;
+here every such file goes through torch's restricted unpickler, memory-mapped, and what is not plain
+tensors is refused in one line. The seams are in `seams.py`.
 """
 
 from pathlib import Path
@@ -87,21 +87,3 @@ def fsdp_load_checkpoint(
     return stock("litgpt.utils.FSDPStrategy.load_checkpoint")(
         self, path, state, strict, weights_only
     )
-
-
-def llm_trainer_setup(self: Any, trainer_ckpt: Path | None = None) -> None:
-    """Replace `LLM.trainer_setup`, which reads its checkpoint with `weights_only=False`."""
-    from phi_lit.seams import stock
-
-    if trainer_ckpt is None and self.checkpoint_dir is not None:
-        load_file(self.checkpoint_dir / "lit_model.pth")
-    stock("litgpt.api.LLM.trainer_setup")(self, trainer_ckpt)
-
-
-def llm_distribute(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Replace `LLM.distribute`, whose strategies for many devices read with `weights_only=False`."""
-    from phi_lit.seams import stock
-
-    if self.checkpoint_dir is not None:
-        load_file(self.checkpoint_dir / "lit_model.pth")
-    stock("litgpt.api.LLM.distribute")(self, *args, **kwargs)

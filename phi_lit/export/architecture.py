@@ -169,8 +169,8 @@ def family_of(config: Config) -> Family:
 
 def _no_config_json(config: Config) -> UserError:
     return UserError(
-        f"{config.name}: a config.json can be made for models like phi, Llama, Qwen2.5 and GPT-NeoX "
-        "(Pythia). Put the config.json that this model was downloaded with into the checkpoint "
+        f"{config.name}: a config.json can be made for models like phi, Llama, Qwen2.5 and Pythia "
+        "(GPT-NeoX). Put the config.json that this model was downloaded with into the checkpoint "
         "directory"
     )
 

@@ -1,13 +1,13 @@
 """The way back: `litgpt convert_to_litgpt` on what `phi-lit export` wrote, to the bit.
 
 LitGPT configures the model by a name (the directory's, or --model_name), and a model with a resized
-vocabulary or a shape of its own has none. An export carries its model_config.yaml, and that is used.
+vocabulary or a shape of its own has none. An export carries its model_config.yaml: that is used.
 """
 
 from dataclasses import asdict
 from pathlib import Path
 
-from phi_lit.export.command import EXPORT
+from phi_lit.export import EXPORT
 
 
 def convert_hf_checkpoint(
@@ -28,7 +28,7 @@ def convert_hf_checkpoint(
             dtype they are downloaded in.
         debug_mode: Prints the individual layers being loaded instead of a progress bar, which can be useful when
             developing and adding new models to LitGPT.
-    """  # noqa: E501, D212 (LitGPT's own lines, so that --help reads the same)
+    """  # noqa: E501 (LitGPT's own lines, so that --help reads the same)
     from litgpt.config import name_to_config
     from litgpt.utils import extend_checkpoint_dir
 

@@ -30,6 +30,8 @@ class Subject:
     """The model's own licence, as the hub spells it ("mit", "apache-2.0", "unknown")."""
     prompt: str
     """What the model wants to read, with `{prompt}` where the request goes."""
+    has_chat_template: bool
+    """Whether its tokenizer puts messages into that form by itself."""
     difference: float | None
     """Largest difference of a logit from LitGPT's, where it was measured."""
 
@@ -71,9 +73,9 @@ def _text(subject: Subject, facts: Facts) -> Iterator[str]:
     yield (
         f"{subject.parameters:,} parameters ({subject.dtype}): {config.n_layer} layers, width "
         f"{config.n_embd}, {config.n_head} heads, context {config.block_size:,} tokens, vocabulary "
-        f"{config.padded_vocab_size:,}. Trained with [LitGPT](https://github.com/Lightning-AI/"
-        f"litgpt) as `{config.name}`; in transformers it is a `{subject.architecture}`, no remote "
-        f"code. Exported by phi-lit {__version__}."
+        f"{config.padded_vocab_size:,}. In [LitGPT](https://github.com/Lightning-AI/litgpt) it is "
+        f"`{config.name}`, in transformers a `{subject.architecture}`, without remote code. "
+        f"Exported by phi-lit {__version__}."
     )
     if subject.difference is not None:
         yield (
@@ -82,10 +84,12 @@ def _text(subject: Subject, facts: Facts) -> Iterator[str]:
         )
     yield "\n## Use\n\n```python\nfrom transformers import pipeline\n"
     yield f'write = pipeline("text-generation", "{subject.name}")'
-    request = subject.prompt.replace("{prompt}", "def is_prime(n):")
-    yield f'print(write({request!r}, max_new_tokens=64)[0]["generated_text"])\n```\n'
+    request = repr(subject.prompt.replace("{prompt}", "def is_prime(n):"))
+    if subject.has_chat_template:
+        request = '[{"role": "user", "content": "What is a prime number?"}]'
+    yield f'print(write({request}, max_new_tokens=64)[0]["generated_text"])\n```\n'
     if subject.prompt != "{prompt}":
-        yield f"It was trained on requests in this form:\n\n```\n{subject.prompt}\n```\n"
+        yield f"It wants requests in this form:\n\n```\n{subject.prompt}\n```\n"
     yield "Back to LitGPT: `hf download` it, then `litgpt convert_to_litgpt DIRECTORY`.\n"
     yield from _data(facts)
     yield from _scores(facts)

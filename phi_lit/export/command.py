@@ -15,10 +15,9 @@ from litgpt.config import Config
 
 from phi_lit import __version__
 from phi_lit.errors import UserError
+from phi_lit.export import EXPORT
 from phi_lit.files import staged_dir
 
-EXPORT = "export.json"
-"""The file by which an export is known as ours: what it was made by, and its files' sizes."""
 WEIGHTS = "lit_model.pth"
 LITGPT_FILES = ("model_config.yaml", "prompt_style.yaml")
 """Files that LitGPT alone reads; they make the way back exact."""
@@ -222,9 +221,10 @@ def _write_words(
     request: Request, config: Config, hub_config: Any, layout: Any, difference: float | None,
     partial: Path,
 ) -> None:  # fmt: skip
-    """Write what is for people and for LitGPT: the card, the recipe, LitGPT's files, export.json."""
+    """Write what is for people and for LitGPT: card, recipe, LitGPT's files, export.json."""
     from phi_lit.export.card import Subject, model_card, prompt_form
     from phi_lit.export.facts import HYPERPARAMETERS, gather
+    from phi_lit.export.tokenizer import has_chat_template
 
     facts = gather(request.checkpoint_dir)
     subject = Subject(
@@ -235,6 +235,7 @@ def _write_words(
         dtype=str(hub_config.dtype).removeprefix("torch."),
         licence=request.licence,
         prompt=prompt_form(request.checkpoint_dir),
+        has_chat_template=has_chat_template(partial),
         difference=difference,
     )
     (partial / "README.md").write_text(model_card(subject, facts), encoding="utf-8")

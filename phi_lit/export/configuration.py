@@ -13,6 +13,7 @@ from litgpt.config import Config
 
 from phi_lit.errors import UserError
 from phi_lit.export.architecture import Words, hub_words, refuse_experts
+from phi_lit.export.tokenizer import special_ids
 from phi_lit.export.weights import Layout
 
 HUB_CONFIG = "config.json"
@@ -36,6 +37,25 @@ def words_for(config: Config, checkpoint_dir: Path) -> Words:
         return {name: value for name, value in words.items() if name != "auto_map"}
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is broken JSON ({error}); restore or remove it") from error
+
+
+def checkpoint_words(config: Config, base_dir: Path | None, tokenizer_dir: Path | None) -> Words:
+    """Return a config.json to lie in a LitGPT checkpoint directory, for other programs to read.
+
+    Args:
+        config: the model.
+        base_dir: the checkpoint it was trained from, whose config.json is used if it has one.
+        tokenizer_dir: where the special tokens' ids are read from.
+
+    Raises:
+        UserError: no architecture of transformers computes the model.
+    """
+    words = words_for(config, base_dir) if base_dir else hub_words(config)
+    if "vocab_size" in words:
+        words["vocab_size"] = config.padded_vocab_size
+    for name, value in special_ids(tokenizer_dir).items() if tokenizer_dir else ():
+        words.setdefault(name, value)
+    return words
 
 
 def configure(words: Words, layout: Layout, special: dict[str, int | None]) -> Any:

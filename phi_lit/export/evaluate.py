@@ -63,11 +63,11 @@ def _give_config(checkpoint_dir: Path, out_dir: Path) -> None:
     """Put a config.json where the converted weights go, if the checkpoint has none to copy there.
 
     Raises:
-        UserError: no architecture of transformers computes the model, the weights are unreadable, or
-            the checkpoint's config.json is for another vocabulary.
+        UserError: no architecture of transformers computes the model, the weights are unreadable,
+            or the checkpoint's config.json is for another vocabulary.
     """
     from phi_lit.export.command import open_checkpoint
-    from phi_lit.export.configuration import HUB_CONFIG, words_for
+    from phi_lit.export.configuration import HUB_CONFIG, checkpoint_words, words_for
     from phi_lit.tensors import load_file
 
     config = open_checkpoint(checkpoint_dir)
@@ -80,5 +80,6 @@ def _give_config(checkpoint_dir: Path, out_dir: Path) -> None:
                 f"model has {config.padded_vocab_size} rows; write that number there"
             )
         return
+    words = checkpoint_words(config, None, checkpoint_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / HUB_CONFIG).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")

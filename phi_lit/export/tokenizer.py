@@ -116,6 +116,13 @@ def _raw(path: Path) -> Any:
         raise UserError(f"{path} is no tokenizer that `tokenizers` reads: {error}") from error
 
 
+def has_chat_template(directory: Path) -> bool:
+    """Tell whether a tokenizer's files say how messages become text."""
+    settings = directory / "tokenizer_config.json"
+    inline = settings.is_file() and "chat_template" in read_settings(settings)
+    return inline or (directory / "chat_template.jinja").is_file()
+
+
 def write_generation_config(
     checkpoint_dir: Path, directory: Path, special: dict[str, int | None]
 ) -> None:

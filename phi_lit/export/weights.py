@@ -123,7 +123,11 @@ def write(layout: Layout, directory: Path) -> None:
     with progress(layout.bytes, "export", "bytes") as shown:
         for file, names in layout.files.items():
             tensors = _materialize(layout, names)
-            _disk(partial(save_file, tensors, directory / file, {"format": "pt"}))
+            path = directory / file
+            path.touch()
+            mode = path.stat().st_mode
+            _disk(partial(save_file, tensors, path, {"format": "pt"}))
+            path.chmod(mode)  # safetensors makes files that only their owner can read
             shown.update(sum(tensor.nbytes for tensor in tensors.values()))
     if len(layout.files) > 1:
         index = {

@@ -345,6 +345,7 @@ def side_files(job: Job) -> Callable[[Path], None]:
 
     def write(directory: Path) -> None:
         save_config(job.config, directory)
+        write_hub_config(job, directory)
         for name in TOKENIZER_FILES if job.tokenizer_dir else ():
             if (job.tokenizer_dir / name).is_file():  # type: ignore[operator]
                 shutil.copyfile(job.tokenizer_dir / name, directory / name)  # type: ignore[operator]
@@ -353,6 +354,19 @@ def side_files(job: Job) -> Callable[[Path], None]:
             yaml.safe_dump(plain(job.arguments), file, sort_keys=False)
 
     return write
+
+
+def write_hub_config(job: Job, directory: Path) -> None:
+    """Write the config.json that transformers (and so `litgpt evaluate`) wants, if it has a class
+    for this model."""
+    from phi_lit.export.configuration import HUB_CONFIG, checkpoint_words
+
+    try:
+        words = checkpoint_words(job.config, job.weights_dir, job.tokenizer_dir)
+    except UserError:  # such as a mixture of experts: LitGPT alone computes it
+        return
+    text = json.dumps(words, indent=2) + "\n"
+    (directory / HUB_CONFIG).write_text(text, encoding="utf-8")
 
 
 def sampler(job: Job, fabric: Fabric, model: LossModel) -> Callable[[], str] | None:
