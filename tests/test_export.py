@@ -326,6 +326,15 @@ def test_a_tokenizer_class_that_changes_the_ids_is_replaced(tiny, tmp_path):
     assert hub.eos_token_id == 256
 
 
+def test_how_the_base_model_stops_is_kept_and_its_broken_json_mended(tiny, tmp_path):
+    (tiny / "generation_config.json").write_text('{"eos_token_id": [256, 10], "top_p": 0.6,}')
+    export(tiny, tmp_path / "hub")
+    found = transformers.GenerationConfig.from_pretrained(tmp_path / "hub")
+    assert (found.eos_token_id, found.top_p) == ([256, 10], 0.6)
+    (tiny / "generation_config.json").write_text("{")
+    refused("cannot be opened by LitGPT: Failed to parse JSON", tiny, tmp_path / "other")
+
+
 # ------------------------------------------------------------------------------- memory and disk
 
 
@@ -464,12 +473,18 @@ def test_code_named_by_a_config_json_is_neither_run_nor_passed_on(tiny, tmp_path
         "AutoConfig": "evil.EvilConfig",
         "AutoModelForCausalLM": "evil.Evil",
     }
+    words["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tiny / "config.json").write_text(json.dumps(words))
+    settings = json.loads((tiny / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["evil.EvilConfig", None]}
+    (tiny / "tokenizer_config.json").write_text(json.dumps(settings))
     trace = tmp_path / "ran"
     (tiny / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass EvilConfig: pass\n")
     export(tiny, tmp_path / "hub")
     assert not trace.exists()
-    assert "auto_map" not in json.loads((tmp_path / "hub" / "config.json").read_text())
+    for name in ("config.json", "tokenizer_config.json"):
+        written = json.loads((tmp_path / "hub" / name).read_text())
+        assert not written.keys() & {"auto_map", "quantization_config"}
     assert not (tmp_path / "hub" / "evil.py").exists()
 
 
