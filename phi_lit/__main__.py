@@ -1,8 +1,9 @@
 """`phi-lit` and `python -m phi_lit`: our own commands; any other word of LitGPT's goes to LitGPT.
 
-LitGPT's words work here even where `TORCH_DEVICE_BACKEND_AUTOLOAD=0` keeps plain `litgpt` from
-knowing us. A command's module is imported when the command runs, so that the overview is instant:
-its lines are read from the source of the commands, not from the imported functions.
+`phi-lit generate` is ours, `litgpt generate` stays LitGPT's. LitGPT's words work here even where
+`TORCH_DEVICE_BACKEND_AUTOLOAD=0` keeps plain `litgpt` from knowing us. A command's module is
+imported when the command runs, so that the overview is instant: its lines are read from the source
+of the commands, not from the imported functions.
 """
 
 import ast
@@ -20,6 +21,7 @@ COMMANDS = {
     "prepare": "phi_lit.data.prepare:prepare",
     "tokenizer train": "phi_lit.data.tokenizer:train",
     "tokenizer codegen": "phi_lit.data.tokenizer:codegen",
+    "generate": "phi_lit.generate.command:generate",
     "import-gguf": "phi_lit.gguf:import_gguf",
     "plan": "phi_lit.train.plan:plan",
     "consolidate": "phi_lit.train.checkpoint:consolidate",
@@ -62,7 +64,7 @@ def overview() -> str:
     width = max(map(len, COMMANDS)) + 2
     ours = [f"  {name:<{width}}{first_line(place)}" for name, place in COMMANDS.items()]
     theirs, line = [], " "
-    for word in LITGPT_COMMANDS:
+    for word in (word for word in LITGPT_COMMANDS if word not in COMMANDS):
         if len(line) + len(word) > 96:
             theirs.append(line)
             line = " "

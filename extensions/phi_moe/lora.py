@@ -1,0 +1,3 @@
+"""TODO"""
+
+from extensions.phi_moe.layer import PhiMoE  # noqa: F401
