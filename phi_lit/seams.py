@@ -244,8 +244,8 @@ SEAMS = (
         "check_valid_checkpoint_dir",
         "checkpoint_dir, model_filename=, verbose=, raise_error=, ignore_tokenizer_files=",
         "phi_lit.tensors:check_valid_checkpoint_dir",
-        "weights that are cut short, or hold code, are told before a model is built; `LLM` relies on "
-        "it: it reads with weights_only=False",
+        "weights that are cut short, or hold code, are told before a model is built; and LLM.load "
+        "asks it before LLM's methods read with weights_only=False",
     ),
     Seam(
         "litgpt.utils",

@@ -380,13 +380,16 @@ def weights_file(job: Job) -> str:
 def side_files(job: Job) -> Callable[[Path], None]:
     """Return what writes a checkpoint's other files, those that make it LitGPT's."""
 
+    words = hub_config(job)
+
     def write(directory: Path) -> None:
         if job.adaptation is None:
             save_config(job.config, directory)
         else:  # the base model's: the method's own fields are in hyperparameters.yaml
             assert job.weights_dir is not None
             shutil.copyfile(job.weights_dir / "model_config.yaml", directory / "model_config.yaml")
-        write_hub_config(job, directory)
+        if words is not None:
+            (directory / "config.json").write_text(words, encoding="utf-8")
         for name in TOKENIZER_FILES if job.tokenizer_dir else ():
             if (job.tokenizer_dir / name).is_file():  # type: ignore[operator]
                 shutil.copyfile(job.tokenizer_dir / name, directory / name)  # type: ignore[operator]
@@ -397,17 +400,16 @@ def side_files(job: Job) -> Callable[[Path], None]:
     return write
 
 
-def write_hub_config(job: Job, directory: Path) -> None:
-    """Write the config.json that transformers (and so `litgpt evaluate`) wants, if it has a class
-    for this model."""
-    from phi_lit.export.configuration import HUB_CONFIG, checkpoint_words
+def hub_config(job: Job) -> str | None:
+    """Return the config.json that transformers (and so `litgpt evaluate`) wants, or None for a
+    model that transformers does not have."""
+    from phi_lit.export.configuration import checkpoint_words
 
     try:
         words = checkpoint_words(job.config, job.weights_dir, job.tokenizer_dir)
     except UserError:  # such as a mixture of experts: LitGPT alone computes it
-        return
-    text = json.dumps(words, indent=2) + "\n"
-    (directory / HUB_CONFIG).write_text(text, encoding="utf-8")
+        return None
+    return json.dumps(words, indent=2) + "\n"
 
 
 def sampler(job: Job, fabric: Fabric, model: LossModel) -> Callable[[], str] | None:
