@@ -25,6 +25,7 @@ from phi_lit.registry import VOCABULARY
 from phi_lit.train import checkpoint
 from phi_lit.train.args import TrainArgs, raise_together
 from phi_lit.train.build import build
+from phi_lit.train.deepspeed import check_deepspeed
 from phi_lit.train.job import Job, Machine, flat, plain
 from phi_lit.train.loop import Run, Stopped, fit, is_due, validate
 from phi_lit.train.monitor import memory, read_record
@@ -56,7 +57,8 @@ def launch(job: Job) -> None:
         accelerator=machine.kind,
         devices=machine.devices,
         num_nodes=machine.num_nodes,
-        precision=machine.precision,  # type: ignore[arg-type]
+        # DeepSpeed casts by itself.
+        precision="32-true" if arguments["strategy"] == "deepspeed" else machine.precision,  # type: ignore[arg-type]
         loggers=[logger],
         strategy=make_strategy(
             arguments["strategy"] or "auto",
@@ -65,6 +67,7 @@ def launch(job: Job) -> None:
             precision=machine.precision,
             devices=machine.devices,
             num_nodes=machine.num_nodes,
+            checkpointing=job.train.activation_checkpointing or "none",
         ),
     )
     fabric.launch()
@@ -109,6 +112,13 @@ def check(job: Job, machine: Machine) -> None:
         faults.append(f"{optimizer.__name__} needs whole gradients of one scale; use bf16-mixed")
     if fp16 and machine.world > 1 and train.checkpoint_format == "sharded":
         faults.append("train.checkpoint_format: sharded needs FSDP2, which has no 16-mixed")
+    if strategy == "deepspeed":
+        faults += check_deepspeed(
+            sharding=arguments["sharding"] or "full", precision=machine.precision,
+            optimizer=optimizer,
+        )  # fmt: skip
+        if train.checkpoint_format == "sharded":
+            faults.append("train.checkpoint_format: sharded needs strategy fsdp, not deepspeed")
     raise_together(faults)
 
 

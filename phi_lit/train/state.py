@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from phi_lit.train import deepspeed
+
 WRAPPER = "gpt."
 """What `LossModel` puts before LitGPT's parameter names."""
 
@@ -32,9 +34,12 @@ def gather(
         get_optimizer_state_dict,
     )
 
-    options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
-    model_state = get_model_state_dict(module, options=options)
-    optimizer_state = get_optimizer_state_dict(module, optimizers, options=options)
+    if deepspeed.is_engine(module):
+        model_state, optimizer_state = deepspeed.gather(module)
+    else:
+        options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
+        model_state = get_model_state_dict(module, options=options)
+        optimizer_state = get_optimizer_state_dict(module, optimizers, options=options)
     return _renamed(model_state, optimizer_state, lambda name: name.removeprefix(WRAPPER))
 
 
@@ -54,6 +59,9 @@ def scatter(
     model_state, optimizer_state = _renamed(
         model_state, optimizer_state, lambda name: WRAPPER + name
     )
+    if deepspeed.is_engine(module):
+        deepspeed.scatter(module, model_state, optimizer_state)
+        return
     options = StateDictOptions(full_state_dict=True, strict=True)
     set_model_state_dict(module, model_state, options=options)
     set_optimizer_state_dict(module, optimizers, optimizer_state, options=options)
