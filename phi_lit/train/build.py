@@ -20,6 +20,7 @@ from litgpt.model import GPT
 from litgpt.prompts import save_prompt_style
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import save_config
+from torch.optim import Optimizer
 
 from phi_lit.data.tokenizer import load_tokenizer
 from phi_lit.errors import UserError
@@ -31,6 +32,7 @@ from phi_lit.train.checkpoint import Place
 from phi_lit.train.checkpoint_dir import TOKENIZER_FILES
 from phi_lit.train.checkpointing import apply_activation_checkpointing
 from phi_lit.train.course import Course, plan_course
+from phi_lit.train.deepspeed import ZeroStrategy
 from phi_lit.train.devices import peak_for
 from phi_lit.train.documents import apply_document_mask
 from phi_lit.train.dropout import apply_dropout
@@ -325,18 +327,24 @@ def has_compiler(kind: str) -> bool:
 def place_model(job: Job, fabric: Fabric, model: LossModel) -> tuple[torch.nn.Module, list[Any]]:
     """Put the model where it trains and make its optimizers; returns both in Fabric's wrappers."""
     cosine, sine = model.gpt.cos, model.gpt.sin
-    module = fabric.setup_module(model)
+
+    def optimizers() -> list[Optimizer]:
+        wanted, decay_on = job.arguments["optimizer"], job.train.weight_decay_on or "all"
+        return build_optimizer(model, wanted, decay_on)
+
+    if isinstance(fabric.strategy, ZeroStrategy):  # shards the two together
+        module, *placed = fabric.setup(model, *optimizers())
+    else:
+        module = fabric.setup_module(model)
+        placed = [fabric.setup_optimizers(optimizer) for optimizer in optimizers()]
     if model.teacher is not None:
         model.teacher.place(fabric, sharded=bool(job.train.teacher_sharded))
     # Rotary tables stay float32: rounded to bf16 they would blur the later positions.
     model.gpt.cos, model.gpt.sin = cosine.to(fabric.device), sine.to(fabric.device)
-    optimizers = build_optimizer(
-        model, job.arguments["optimizer"], job.train.weight_decay_on or "all"
-    )
     total = count_parameters(job.config, tie_embeddings=bool(job.train.tie_embeddings)).total
     trained = f", {trained_parameters(model):,} of them trained" if job.adaptation else ""
     fabric.print(f"{job.config.name}: {total:,} parameters{trained}")
-    return module, [fabric.setup_optimizers(optimizer) for optimizer in optimizers]
+    return module, placed
 
 
 def take_up(

@@ -26,6 +26,7 @@ from phi_lit.train import checkpoint
 from phi_lit.train.adaptation import quantizer
 from phi_lit.train.args import TrainArgs, raise_together
 from phi_lit.train.build import build
+from phi_lit.train.deepspeed import check_deepspeed
 from phi_lit.train.experts import expert_faults
 from phi_lit.train.job import Job, Machine, flat, plain
 from phi_lit.train.loop import Run, Stopped, fit, is_due, validate
@@ -60,7 +61,7 @@ def launch(job: Job) -> None:
         accelerator=machine.kind,
         devices=machine.devices,
         num_nodes=machine.num_nodes,
-        precision=None if job.quantize else machine.precision,  # type: ignore[arg-type]
+        precision=_fabric_precision(job, machine),  # type: ignore[arg-type]
         plugins=quantizer(job.quantize, machine.precision) if job.quantize else None,
         loggers=[logger],
         strategy=make_strategy(
@@ -70,6 +71,7 @@ def launch(job: Job) -> None:
             precision=machine.precision,
             devices=machine.devices,
             num_nodes=machine.num_nodes,
+            checkpointing=job.train.activation_checkpointing or "none",
         ),
     )
     fabric.launch()
@@ -81,6 +83,13 @@ def launch(job: Job) -> None:
         _train(job, run)
     finally:
         run.monitor.close()
+
+
+def _fabric_precision(job: Job, machine: Machine) -> str | None:
+    """Return what Fabric is to know: DeepSpeed and quantized layers cast by themselves."""
+    if job.quantize:
+        return None
+    return "32-true" if job.arguments["strategy"] == "deepspeed" else machine.precision
 
 
 def _default_precision(job: Job) -> str:
@@ -127,6 +136,13 @@ def check(job: Job, machine: Machine) -> None:
         faults.append(f"{optimizer.__name__} needs whole gradients of one scale; use bf16-mixed")
     if fp16 and machine.world > 1 and train.checkpoint_format == "sharded":
         faults.append("train.checkpoint_format: sharded needs FSDP2, which has no 16-mixed")
+    if strategy == "deepspeed":
+        faults += check_deepspeed(
+            sharding=arguments["sharding"] or "full", precision=machine.precision,
+            optimizer=optimizer,
+        )  # fmt: skip
+        if train.checkpoint_format == "sharded":
+            faults.append("train.checkpoint_format: sharded needs strategy fsdp, not deepspeed")
     raise_together(faults)
 
 

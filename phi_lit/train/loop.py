@@ -26,6 +26,7 @@ from phi_lit.train import checkpoint, state
 from phi_lit.train.args import TrainArgs
 from phi_lit.train.checkpoint import Background, Place
 from phi_lit.train.course import Course
+from phi_lit.train.deepspeed import ZeroStrategy
 from phi_lit.train.experts import Experts
 from phi_lit.train.feed import Batch, Feed
 from phi_lit.train.init import reseed
@@ -152,6 +153,8 @@ def step_once(run: Run, *, stop: bool) -> bool:
     if good:
         for optimizer in run.optimizers:
             optimizer.step()
+        if not math.isfinite(norm):  # the loss scale was too high, and the scaler left it out
+            run.place.skipped += 1
     else:
         _handle_bad(run, mean, norm)
     routed = run.experts.finish(fabric, move_biases=good)
@@ -230,6 +233,8 @@ def _handle_bad(run: Run, loss: float, norm: float) -> None:
         run.place.skipped += 1
         if (scaler := _scaler(run.fabric)) is not None:
             scaler.update()  # closes the step that `_clip` opened by unscaling
+        if isinstance(run.fabric.strategy, ZeroStrategy):
+            run.fabric.strategy.skip_step()
         run.monitor.say(f"{what}: step skipped ({run.place.skipped} so far)")
         return
     finish_saving(run)
