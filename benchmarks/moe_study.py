@@ -116,12 +116,12 @@ def corpora(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def make_tokenizer(out_dir: Path, corpus: str, source: Any) -> Path:
     """Train the tokenizer of a corpus, unless it is there."""
-    from phi_lit.data.sources import open_source
+    from phi_lit.data.sources import Source, open_source
     from phi_lit.data.tokenizer import train_bpe
 
     directory = out_dir / f"{corpus}-tokenizer"
     if not (directory / "tokenizer.json").is_file():
-        texts = (document.text for document in open_source(source).documents())
+        texts = (document.text for document in open_source(source, Source).documents())
         train_bpe(texts, VOCABULARY, directory)
     return directory
 

@@ -157,7 +157,7 @@ def step_once(run: Run, *, stop: bool) -> bool:
             run.place.skipped += 1
     else:
         _handle_bad(run, mean, norm)
-    routed = run.experts.finish(fabric, move_biases=good)
+    routed = run.experts.finish(fabric, move_biases=good and math.isfinite(norm))
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
     run.place.step += 1
