@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from litgpt.config import Config
+from litgpt.config import Config, name_to_config
 from litgpt.model import GPT
 from litgpt.utils import check_valid_checkpoint_dir, extend_checkpoint_dir, save_config
 from torch import Tensor, nn
@@ -304,6 +304,12 @@ def told(dense: Config, config: Config, out_dir: Path, noise: float) -> str:
         f"{out_dir}: {config.name}, {counted.total:,} parameters, of which a token visits "
         f"{counted.active:,}; {dense.name} has {count_parameters(dense).total:,}\n"
         f"its logits {logits}\n"
-        f"train on: litgpt pretrain {config.name} --initial_checkpoint_dir {out_dir} "
-        "--train.balance_loss 0.01 ..."
+        f"train on: {_next_command(config, out_dir)} --train.balance_loss 0.01 ..."
     )
+
+
+def _next_command(config: Config, out_dir: Path) -> str:
+    """Return what trains on: pretraining where the model has a name, else any finetuning."""
+    if config.name in name_to_config and Config.from_name(config.name) == config:
+        return f"litgpt pretrain {config.name} --initial_checkpoint_dir {out_dir}"
+    return f"litgpt finetune_full {out_dir}"

@@ -92,7 +92,9 @@ def test_noise_parts_the_copies_and_is_said(
     same, noisy = (opened(tmp_path / name).transformer.h[1].mlp for name in ("same", "noisy"))
     assert torch.equal(same.experts.fc.weight[0], same.experts.fc.weight[1])
     difference = (noisy.experts.fc.weight - same.experts.fc.weight).detach()
-    assert float(difference.std() / same.experts.fc.weight.detach().std()) == pytest.approx(0.1, rel=0.05)
+    assert float(difference.std() / same.experts.fc.weight.detach().std()) == pytest.approx(
+        0.1, rel=0.05
+    )
     assert not torch.equal(difference[0], difference[1])
 
 
@@ -225,4 +227,6 @@ def test_the_command_says_what_it_made(
     state = torch.load(f"{out}/lit_model.pth")
     size = sum(t.numel() for name, t in state.items() if not name.endswith("selection_bias"))
     assert f"{out}: phi1-test-moe, {size:,} parameters, of which a token visits" in said
-    assert "--initial_checkpoint_dir" in said
+    assert f"litgpt pretrain phi1-test-moe --initial_checkpoint_dir {out} --train" in said
+    upcycle(tiny_checkpoint_dir, tmp_path / "own", n_expert=6)  # a model without a name
+    assert f"train on: litgpt finetune_full {tmp_path / 'own'} " in capsys.readouterr().out
