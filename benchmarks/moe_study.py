@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=35.0, help="CPU minutes of this call")
     parser.add_argument("--rounds", type=int, default=15, help="turns per variant in the timing")
     parser.add_argument("--only_report", action="store_true", help="only what is there already")
-    parser.add_argument("--json", type=Path, help="write the figures here, table and plot beside it")
+    parser.add_argument("--json", type=Path, help="write figures here, table and plot beside")
     arguments = parser.parse_args()
     import torch
 
