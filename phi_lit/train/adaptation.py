@@ -82,6 +82,11 @@ class Adaptation:
             )
         if train.tie_embeddings:
             faults.append("train.tie_embeddings: embeddings stay as they are in this finetuning")
+        if train.balance_bias_rate:
+            faults.append(
+                "train.balance_bias_rate moves what belongs to the base model, which this "
+                "finetuning does not save; leave it out, or balance with train.balance_loss"
+            )
         if train.checkpoint_format == "sharded":
             faults.append("train.checkpoint_format: these checkpoints are small and always whole")
         return faults
