@@ -1,8 +1,9 @@
 """`phi-lit` and `python -m phi_lit`: our own commands; any other word of LitGPT's goes to LitGPT.
 
-LitGPT's words work here even where `TORCH_DEVICE_BACKEND_AUTOLOAD=0` keeps plain `litgpt` from
-knowing us. A command's module is imported when the command runs, so that the overview is instant:
-its lines are read from the source of the commands, not from the imported functions.
+`phi-lit generate` is ours, `litgpt generate` stays LitGPT's. LitGPT's words work here even where
+`TORCH_DEVICE_BACKEND_AUTOLOAD=0` keeps plain `litgpt` from knowing us. A command's module is
+imported when the command runs, so that the overview is instant: its lines are read from the source
+of the commands, not from the imported functions.
 """
 
 import ast
@@ -24,10 +25,14 @@ COMMANDS = {
     "tokenizer train": "phi_lit.data.tokenizer:train",
     "tokenizer codegen": "phi_lit.data.tokenizer:codegen",
     "tokenizer pad": "phi_lit.data.padding:pad",
+    "generate": "phi_lit.generate.command:generate",
+    "import-gguf": "phi_lit.gguf:import_gguf",
     "plan": "phi_lit.train.plan:plan",
+    "upcycle": "phi_lit.upcycle:upcycle",
     "resize": "phi_lit.train.resize:resize",
     "stages": "phi_lit.stages:stages",
     "consolidate": "phi_lit.train.checkpoint:consolidate",
+    "export": "phi_lit.export.command:export",
     "configs": "phi_lit.configs:configs",
 }
 """Our commands, one word or two, and the function behind each as `module:function`."""
@@ -66,7 +71,7 @@ def overview() -> str:
     width = max(map(len, COMMANDS)) + 2
     ours = [f"  {name:<{width}}{first_line(place)}" for name, place in COMMANDS.items()]
     theirs, line = [], " "
-    for word in LITGPT_COMMANDS:
+    for word in (word for word in LITGPT_COMMANDS if word not in COMMANDS):
         if len(line) + len(word) > 96:
             theirs.append(line)
             line = " "

@@ -75,11 +75,11 @@ def setup(
     if not options_are_ours(arguments):
         run_stock(stock("litgpt.finetune.full.setup"), arguments)
         return
-    from phi_lit.train.checkpoint_dir import find_checkpoint_dir
+    from phi_lit.train.foreign import base_checkpoint
     from phi_lit.train.job import Job
     from phi_lit.train.launch import launch
 
-    checkpoint_dir = find_checkpoint_dir(checkpoint_dir, access_token)
+    checkpoint_dir = base_checkpoint(checkpoint_dir, access_token)
     if data is None:
         from litgpt.data import Alpaca
 
