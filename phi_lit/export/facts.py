@@ -135,7 +135,7 @@ def _add_data(facts: Facts) -> None:
     if arguments.get("store"):
         _add_store(facts, Path(arguments["store"]).expanduser() / "manifest.json")
     elif "sources" in arguments:
-        _add_sources(facts, arguments["sources"])
+        _add_sources(facts, arguments["sources"], str(data.get("class_path")))
     if not facts.data:
         name = str(data.get("class_path", "unknown")).rpartition(".")[2]
         where = arguments.get("json_path") or arguments.get("repo_id") or ""
@@ -148,11 +148,14 @@ def _add_store(facts: Facts, manifest: Path) -> None:
             facts.data.append(f"{source['name']}: licence {source['licence'] or 'not stated'}")
 
 
-def _add_sources(facts: Facts, written: Any) -> None:
-    from phi_lit.data.sources import open_sources
+def _add_sources(facts: Facts, written: Any, module: str) -> None:
+    from phi_lit.data.examples import ExampleSource
+    from phi_lit.data.sources import Source, open_sources
 
+    of_examples = module.endswith(("CodeExercises", "Instruct"))
+    kind: type[Source] = ExampleSource if of_examples else Source
     try:
-        sources = open_sources(written)
+        sources = open_sources(written, kind)
     except UserError:  # a recipe of another version: its text is in the card all the same
         return
     for source in sources:
