@@ -234,13 +234,14 @@ def test_flat_arrays_of_code_train_lora_too(
 def test_samples_are_written_and_training_goes_on_with_dropout(
     tmp_path: Path, finetune: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = finetune("lora", tmp_path / "plain", eval={"interval": 4})
-    capsys.readouterr()
-    out = finetune(
-        "lora", tmp_path / "out", eval={"interval": 4}, train={"sample_prompt": "say return"}
-    )
-    assert capsys.readouterr().err.count("--- sample after step") == 3
-    assert losses(out) == losses(plain)
+    """A question of the data by default, as in LitGPT; masks of dropout after it are the same."""
+    rare = finetune("lora", tmp_path / "rare", eval={"interval": 12})
+    assert capsys.readouterr().err.count("--- sample after step") == 1
+    often = finetune("lora", tmp_path / "often", eval={"interval": 4, "max_new_tokens": 5})
+    told = capsys.readouterr().err
+    assert told.count("--- sample after step") == 3
+    assert told.count("say ") == 3
+    assert losses(often) == losses(rare)
 
 
 def test_what_cannot_be_is_told_in_one_line(
@@ -280,13 +281,26 @@ def test_litgpts_own_loop_counts_rows_without_a_target_and_merges(
     short = {"instruction": "a", "input": "", "output": "b c d"}
     path = tmp_path / "examples.json"
     path.write_text(json.dumps([{**long, "output": "lost"}, short] * 8))
-    words = ["litgpt", "finetune_lora", str(base), "--out_dir", str(tmp_path / "out")]
-    words += ["--precision", "32-true", "--data", "JSON", "--data.json_path", str(path)]
-    words += ["--data.val_split_fraction", "0.4", "--data.mask_prompt", "true"]
-    words += ["--data.num_workers", "0", "--data.prompt_style", "raw"]
-    words += ["--train.global_batch_size", "2", "--train.max_steps", "2", "--train.epochs", "1"]
-    words += ["--train.lr_warmup_steps", "1", "--train.max_seq_length", "24"]
-    words += ["--eval.max_new_tokens", "4", "--eval.interval", "1", "--eval.max_iters", "20"]
+    config = tmp_path / "config.yaml"
+    data = {
+        "json_path": str(path), "val_split_fraction": 0.4, "mask_prompt": True, "num_workers": 0,
+        "prompt_style": {"class_path": "litgpt.prompts.Default"},
+    }  # fmt: skip
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "checkpoint_dir": str(base), "out_dir": str(tmp_path / "out"),
+                "precision": "32-true",
+                "data": {"class_path": "litgpt.data.JSON", "init_args": data},
+                "train": {
+                    "global_batch_size": 2, "max_steps": 2, "epochs": 1, "lr_warmup_steps": 1,
+                    "max_seq_length": 24,
+                },
+                "eval": {"max_new_tokens": 4, "interval": 1, "max_iters": 20},
+            }
+        )
+    )  # fmt: skip
+    words = ["litgpt", "finetune_lora", "--config", str(config)]
     monkeypatch.setattr("sys.argv", words)
     main()
     told = capsys.readouterr()
