@@ -8,12 +8,9 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phi_lit.errors import UserError
-
-if TYPE_CHECKING:
-    from litgpt.tokenizer import Tokenizer
 
 TRUE_PRECISIONS = {"16-true": 2, "bf16-true": 2, "32-true": 4}
 """What a quantized model may compute in, with its bytes per number."""
@@ -55,6 +52,12 @@ def checked(main: Callable[..., None]) -> Callable[..., None]:
             )
         main(*args, **kwargs)
 
+    # any string may be typed: LitGPT's parser answers an unknown quantizer with twelve lines
+    parameters = inspect.signature(main).parameters
+    anything = parameters["quantize"].replace(annotation=str | None)
+    run.__signature__ = inspect.signature(main).replace(  # type: ignore[attr-defined]
+        parameters=[*(parameters | {"quantize": anything}).values()]
+    )
     return run
 
 
@@ -192,7 +195,7 @@ def predicted_bytes(state: dict[str, Any], quantize: str | None, precision: str 
     )
 
 
-def free_bytes() -> int:
+def free_bytes() -> float:
     """Return the memory that is free where the model goes: the GPU's, or what this process may."""
     import torch
 
@@ -214,8 +217,3 @@ def _free_in_container() -> float:
         return float("inf") if limit == "max" else int(limit) - used + reclaimable
     except (OSError, ValueError):
         return float("inf")
-
-
-def room_for(tokenizer: "Tokenizer", text: str, context: int) -> int:
-    """Return how many tokens are left in the context after a text (negative if it is too long)."""
-    return context - tokenizer.encode(text).numel()

@@ -1,7 +1,7 @@
 """bitsandbytes on CPU too, and for stacked experts: the plugin in the place of Lightning's.
 
-`--quantize bnb.*` makes LitGPT build a `BitsandbytesPrecision`. On a GPU ours is Lightning's own; on
-a CPU, which Lightning refuses although bitsandbytes (from 0.49) has kernels for it, weights are
+`--quantize bnb.*` makes LitGPT build a `BitsandbytesPrecision`. On a GPU ours is Lightning's own;
+on a CPU, which Lightning refuses although bitsandbytes (from 0.49) has kernels for it, weights are
 quantized one by one as they are loaded, so that no unquantized copy of the model is ever whole in
 memory. As in Lightning every `nn.Linear` is quantized, the head included, and embeddings and norms
 are not. A module that keeps several matrices in one parameter (experts) offers `as_linears()`.
@@ -57,7 +57,7 @@ class BitsandbytesPrecision(Precision):
         return super().__new__(OnGPU if torch.cuda.is_available() else OnCPU)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Quantize the linear layers of a model that was built elsewhere, or nothing if they are."""
+        """Quantize the linear layers of a model that was built elsewhere, unless they are."""
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
                 if hasattr(child, "as_linears"):
@@ -137,8 +137,9 @@ def check_mode(mode: str) -> None:
     """Raise a `UserError` if bitsandbytes has no such mode."""
     known = (*MODES, "int8-training")
     if mode not in known:
+        near = did_you_mean(f"bnb.{mode}", [f"bnb.{name}" for name in known])
         raise UserError(
-            f"bnb.{mode} is not a way to quantize.{did_you_mean(mode, known)} "
+            f"bnb.{mode} is not a way to quantize.{near} "
             f"Known are {', '.join(f'bnb.{name}' for name in MODES)}."
         )
 
@@ -218,10 +219,10 @@ class OnLoad(nn.Module):
 @cache
 def cpu_linear(mode: str, dtype: torch.dtype) -> type[OnLoad]:
     """Return the class of linear layers that holds `mode` on a CPU and computes in `dtype`."""
-    bnb = import_bitsandbytes()
+    bnb: Any = import_bitsandbytes()
     fast = bnb.functional.has_avx512bf16()
 
-    class Linear4bit(OnLoad, bnb.nn.Linear4bit):
+    class Linear4bit(OnLoad, bnb.nn.Linear4bit):  # type: ignore[name-defined]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             bits, _, nested = mode.partition("-")
             super().__init__(
@@ -255,7 +256,7 @@ def cpu_linear(mode: str, dtype: torch.dtype) -> type[OnLoad]:
             self.support_avx512bf16_for_cpu = self.packs and torch.is_inference_mode_enabled()
             return super().forward(x)
 
-    class Linear8bit(OnLoad, bnb.nn.Linear8bitLt):
+    class Linear8bit(OnLoad, bnb.nn.Linear8bitLt):  # type: ignore[name-defined]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs, has_fp16_weights=False, threshold=OUTLIER)
             shape = (self.out_features, self.in_features)
@@ -296,7 +297,8 @@ def _quantize_4bit(weight: Tensor, kind: str, nested: bool) -> tuple[Tensor, Any
 
 def _split_stacked(module: nn.Module, name: str, child: nn.Module | None) -> nn.Module | None:
     """Put a module's `as_linears()` in its place as it is given to its parent."""
-    return child.as_linears() if hasattr(child, "as_linears") else None
+    split = getattr(child, "as_linears", None)
+    return split() if split is not None else None
 
 
 def _convert(module: nn.Module, layer: type[OnLoad], ignored: set[str], prefix: str = "") -> None:

@@ -94,7 +94,8 @@ GENERATOR_SIGNATURES = (
     f"checkpoint_dir, prompt=, {_PARTS}",
     f"checkpoint_dir, prompt=, {_PARTS}",
     "draft_model_checkpoint_dir, target_model_checkpoint_dir, prompt=, sys_prompt=, num_samples=, "
-    "max_new_tokens=, speculative_k=, top_k=, top_p=, temperature=, quantize=, precision=, compile=",
+    "max_new_tokens=, speculative_k=, top_k=, top_p=, temperature=, quantize=, precision=, "
+    "compile=",
 )
 """Their parameters, in the same order."""
 
@@ -179,6 +180,21 @@ SEAMS = (
         )
     ),
     Seam(
+        "litgpt.scripts.convert_lit_checkpoint",
+        "copy_weights_phi",
+        "config, state_dict, lit_weights, saver=",
+        "phi_lit.seams:copy_phi_to_hub",
+        "LitGPT's map of phi's weights has no experts",
+    ),
+    Seam(
+        "litgpt.scripts.convert_hf_checkpoint",
+        "copy_weights_phi",
+        "config, qkv_weights, state_dict, hf_weights, saver=, dtype=, pbar=, progress_per_file=, "
+        "debug_mode=",
+        "phi_lit.seams:copy_phi_from_hub",
+        "LitGPT's map of phi's weights has no experts",
+    ),
+    Seam(
         "litgpt.prompts",
         "load_prompt_style",
         "checkpoint_dir",
@@ -228,8 +244,8 @@ SEAMS = (
         "check_valid_checkpoint_dir",
         "checkpoint_dir, model_filename=, verbose=, raise_error=, ignore_tokenizer_files=",
         "phi_lit.tensors:check_valid_checkpoint_dir",
-        "weights that are cut short, or hold code, are told before a model is built; `LLM` relies on "
-        "it: it reads with weights_only=False",
+        "weights that are cut short, or hold code, are told before a model is built; and LLM.load "
+        "asks it before LLM's methods read with weights_only=False",
     ),
     Seam(
         "litgpt.utils",
@@ -252,6 +268,31 @@ SEAMS = (
         "dtype=, limit=, seed=, save_filepath=, access_token=",
         "phi_lit.export.evaluate:convert_and_evaluate",
         "it needs a config.json, which checkpoints trained from scratch lack",
+    ),
+    Seam(
+        "litgpt.chat.base",
+        "main",
+        "checkpoint_dir, max_new_tokens=, top_k=, top_p=, temperature=, quantize=, precision=, "
+        "compile=, multiline=, access_token=",
+        "phi_lit.chat.terminal:main",
+        "conversations of several turns; what cannot work is told before weights load",
+    ),
+    Seam(
+        "litgpt.chat.base",
+        "interact",
+        "multiline, model, tokenizer, prompt_style, fabric, temperature, max_new_tokens, top_k, "
+        "top_p, stop_tokens",
+        "phi_lit.chat.terminal:interact",
+        "a long prompt, bytes that are no text, or Ctrl-C must not end the session",
+    ),
+    Seam(
+        "litgpt.deploy.serve",
+        "run_server",
+        "checkpoint_dir, quantize=, precision=, temperature=, top_k=, top_p=, max_new_tokens=, "
+        "devices=, accelerator=, port=, stream=, openai_spec=, access_token=, api_path=, timeout=, "
+        "generate_strategy=",
+        "phi_lit.chat.serve:run_server",
+        "LitServe listens to everyone, counts no tokens, ignores stop strings and hung-up clients",
     ),
     *(
         Seam(
@@ -538,6 +579,41 @@ def _block_init(module: str) -> Callable[..., None]:
 model_block_init = _block_init("litgpt.model")
 lora_block_init = _block_init("litgpt.lora")
 adapter_v2_block_init = _block_init("litgpt.adapter_v2")
+
+
+def copy_phi_to_hub(
+    config: "Config", state_dict: dict, lit_weights: dict, saver: Any = None
+) -> None:
+    """Replace `copy_weights_phi` of `litgpt convert_from_litgpt`: experts are copied too."""
+    if config.mlp_class_name == MOE_CLASS:
+        from litgpt.scripts.convert_hf_checkpoint import load_param
+
+        from extensions.phi_moe.convert import copy_to_hub
+
+        lit_weights = copy_to_hub(config, state_dict, lit_weights, saver, load_param)
+    copy = stock("litgpt.scripts.convert_lit_checkpoint.copy_weights_phi")
+    copy(config, state_dict, lit_weights, saver)
+
+
+def copy_phi_from_hub(
+    config: "Config",
+    qkv_weights: dict,
+    state_dict: dict,
+    hf_weights: dict,
+    saver: Any = None,
+    dtype: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Replace `copy_weights_phi` of `litgpt convert_to_litgpt`: experts are copied too."""
+    if config.mlp_class_name == MOE_CLASS:
+        from litgpt.scripts.convert_hf_checkpoint import load_param
+
+        from extensions.phi_moe.convert import copy_from_hub
+
+        hf_weights = copy_from_hub(config, state_dict, hf_weights, dtype, load_param)
+    copy = stock("litgpt.scripts.convert_hf_checkpoint.copy_weights_phi")
+    copy(config, qkv_weights, state_dict, hf_weights, saver, dtype, *args, **kwargs)
 
 
 def near_model_names(name: str) -> str:

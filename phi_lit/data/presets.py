@@ -6,7 +6,7 @@ sets that hold identifiers instead of text are entries too, so that asking for o
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from phi_lit.errors import UserError, did_you_mean
 
@@ -26,6 +26,7 @@ class Preset:
         where: values that columns must have.
         data_files: the files inside the repository, for those that are published with a loading
             script, which `datasets` no longer runs.
+        strip: what surrounds every text and is cut off (see `Source.strip`).
         note: what to know before using it.
         refused: why it cannot be used at all.
     """
@@ -38,6 +39,7 @@ class Preset:
     example: tuple[str, ...] = ()
     where: dict[str, Any] = field(default_factory=dict)
     data_files: str | None = None
+    strip: Literal["gutenberg"] | None = None
     note: str = ""
     refused: str = ""
 
@@ -134,6 +136,14 @@ PRESETS: dict[str, Preset] = {
         "EleutherAI/the_pile_deduplicated",
         "none stated: its parts have licences of their own, some of them contested",
         columns="text",
+    ),
+    "gutenberg": Preset(
+        "sedthh/gutenberg_english",
+        "MIT for the collection; its books are in the public domain in the USA, and Project "
+        "Gutenberg's own licence and trademark apply where its name is kept",
+        columns="TEXT",
+        strip="gutenberg",
+        note="48,000 English books; elsewhere than in the USA a book may still be protected",
     ),
     "redpajama": Preset(
         "togethercomputer/RedPajama-Data-1T-Sample",

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
 from itertools import islice
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from phi_lit.data import standard_library as python_library
+from phi_lit.data.gutenberg import strip_boilerplate
 from phi_lit.data.hub import read_hub
 from phi_lit.data.presets import PRESETS, Preset, find_preset, refuse_ids_only
 from phi_lit.data.records import column_names, is_table, read_rows, read_text, suffix
@@ -26,6 +27,8 @@ from phi_lit.errors import UserError, did_you_mean
 
 CHECKED_ROWS = 64
 """Rows of a table that are looked at before anything is written."""
+
+Boilerplate = Literal["gutenberg"]
 
 DEFAULT_SUFFIXES = [".py", ".md", ".rst", ".txt", ".parquet", ".jsonl", ".ndjson"]
 
@@ -85,6 +88,9 @@ class Source:
     """In place of `columns`: a text with `{column}` where a row's values go."""
     where: dict[str, Any] = field(default_factory=dict)
     """Keep only rows whose columns have these values (a list: any of them)."""
+    strip: Boilerplate | None = None
+    """What surrounds every text and is cut off: `gutenberg`, the header and the licence that
+    Project Gutenberg puts around a book. A text without its markers stays as it is."""
     max_documents: int | None = None
     """Stop after that many documents."""
     suffixes: list[str] = field(default_factory=lambda: list(DEFAULT_SUFFIXES))
@@ -118,6 +124,11 @@ class Source:
             )
         if self.hub is not None:
             refuse_ids_only(self.hub, self.config)
+        if self.strip not in (None, *get_args(Boilerplate)):
+            raise UserError(
+                f"{self.label}: strip is {self.strip!r}; it can be "
+                f"{' or '.join(get_args(Boilerplate))}."
+            )
         self.rows = self._reader()
         if not 0 < self.weight <= 1000:
             raise UserError(f"{self.label}: weight is {self.weight}; choose above 0, at most 1000.")
@@ -128,7 +139,7 @@ class Source:
 
     def _take_from_preset(self, name: str) -> None:
         preset = find_preset(name)
-        for key in ("hub", "config", "data_files", "licence"):
+        for key in ("hub", "config", "data_files", "licence", "strip"):
             if getattr(self, key) is None:
                 setattr(self, key, getattr(preset, key))
         self._take_columns(preset)
@@ -217,6 +228,8 @@ class Source:
         self.skipped = Skipped()
         found = 0
         for identity, text in self._texts():
+            if text is not None and self.strip is not None:
+                text = strip_boilerplate(text)
             if text is None:
                 self.skipped.add("without text", identity)
             elif not text.strip():

@@ -48,6 +48,16 @@ class TrainArgs(LitGPTTrainArgs):
     examples; for rows of a flat array (CodeTextbook) off as in the paper"""
     z_loss: float | None = None
     """Weight of the mean squared log-partition added to the loss (PaLM: 1e-4)"""
+    balance_loss: float | None = None
+    """Experts: weight of the loss that keeps their load even (Switch Transformer: 0.01)"""
+    router_z_loss: float | None = None
+    """Experts: weight of the router's mean squared log-partition (ST-MoE: 0.001)"""
+    balance_bias_rate: float | None = None
+    """Experts: how far each one's selection bias moves after a step, up where it had less than the
+    mean load and down where more: balancing without a loss (DeepSeek-V3: 0.001)"""
+    router_jitter: float | None = None
+    """Experts: in training the router's input is multiplied by noise of 1 - this to 1 + this
+    (Switch Transformer: 0.01)"""
     init: Literal["litgpt", "normal", "gpt2"] | None = None
     """Initial weights: litgpt (GPT-NeoX, std sqrt(0.4 / n_embd)), normal (std 0.02 and zero biases:
     what the released phi-1 config says), gpt2 (normal, residual projections divided by sqrt(2
@@ -113,10 +123,13 @@ class TrainArgs(LitGPTTrainArgs):
                     f"train.name_steps calls step {step} {name!r}; a name is letters, digits, '.', "
                     "'_' and '-', and none of latest, best, final, logs or step-..."
                 )
+        for name in ("z_loss", "balance_loss", "router_z_loss", "balance_bias_rate"):
+            if (getattr(self, name) or 0.0) < 0:
+                faults.append(f"train.{name} is {getattr(self, name)}; it must not be negative")
+        if self.router_jitter is not None and not 0 <= self.router_jitter < 1:
+            faults.append(f"train.router_jitter is {self.router_jitter}; choose 0 to below 1")
         if self.distill_weight is not None and not 0 < self.distill_weight <= 1:
             faults.append(f"train.distill_weight is {self.distill_weight}; it is above 0, up to 1")
-        if self.z_loss is not None and self.z_loss < 0:
-            faults.append(f"train.z_loss is {self.z_loss}; it must not be negative")
         return faults
 
 

@@ -20,6 +20,7 @@ from litgpt.model import GPT
 from litgpt.prompts import save_prompt_style
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import save_config, select_sft_generate_example
+from torch.optim import Optimizer
 
 from phi_lit.data.tokenizer import load_tokenizer
 from phi_lit.errors import UserError
@@ -28,11 +29,14 @@ from phi_lit.train import teacher as teachers
 from phi_lit.train.adaptation import trained_parameters
 from phi_lit.train.args import masks_documents
 from phi_lit.train.checkpoint import Place
+from phi_lit.train.checkpoint_dir import TOKENIZER_FILES
 from phi_lit.train.checkpointing import apply_activation_checkpointing
 from phi_lit.train.course import Course, plan_course
+from phi_lit.train.deepspeed import ZeroStrategy
 from phi_lit.train.devices import peak_for
 from phi_lit.train.documents import apply_document_mask
 from phi_lit.train.dropout import apply_dropout
+from phi_lit.train.experts import Experts, apply_expert_options, architecture, expert_settings
 from phi_lit.train.flops import count_parameters, flops_per_token_6n_12ldt
 from phi_lit.train.init import initialize
 from phi_lit.train.job import Job, Machine, plain
@@ -42,13 +46,6 @@ from phi_lit.train.microbatch import largest_micro_batch, refuse_what_cannot_fit
 from phi_lit.train.model import LossModel, compile_blocks
 from phi_lit.train.monitor import Monitor
 from phi_lit.train.optim import build_optimizer, parse_optimizer
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "generation_config.json",
-)
 
 COMPILE_PAYS_AFTER = 900.0
 """Seconds that a run must be expected to last before `compile: auto` compiles on a CPU: it starts
@@ -103,6 +100,7 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
         monitor=monitor, out_dir=out_dir, seed=job.arguments["seed"], identity=identity,
         write_side_files=side_files(job), weights_file=weights_file(job),
         uniform_loss=teachers.loss_of_a_guess(job, math.log(job.config.padded_vocab_size or 2)),
+        experts=Experts.of(model.gpt, job.train.balance_bias_rate),
         sample=sampler(job, fabric, model),
     )  # fmt: skip
 
@@ -187,6 +185,11 @@ def describe(job: Job, machine: Machine, course: Course) -> dict[str, Any]:
         "dropout": {"attention": train.attention_dropout, "residual": train.residual_dropout},
         "precision": machine.precision,
         "seed": job.arguments["seed"],
+        **(
+            {"experts": experts}
+            if (experts := {**architecture(job.config), **expert_settings(train)})
+            else {}
+        ),
         **({"pack": True} if train.pack else {}),
         **({"document_mask": True} if masks_documents(train) else {}),
     }
@@ -228,6 +231,7 @@ def build_model(job: Job, fabric: Fabric, *, first_weights: bool) -> LossModel:
     torch.manual_seed(job.arguments["seed"])
     gpt = _adapted_gpt(job, fabric) if job.adaptation else _gpt(job, first_weights)
     gpt.max_seq_length = job.length
+    apply_expert_options(gpt, train)
     apply_dropout(
         gpt, attention=train.attention_dropout or 0.0, residual=train.residual_dropout or 0.0
     )
@@ -323,18 +327,24 @@ def has_compiler(kind: str) -> bool:
 def place_model(job: Job, fabric: Fabric, model: LossModel) -> tuple[torch.nn.Module, list[Any]]:
     """Put the model where it trains and make its optimizers; returns both in Fabric's wrappers."""
     cosine, sine = model.gpt.cos, model.gpt.sin
-    module = fabric.setup_module(model)
+
+    def optimizers() -> list[Optimizer]:
+        wanted, decay_on = job.arguments["optimizer"], job.train.weight_decay_on or "all"
+        return build_optimizer(model, wanted, decay_on)
+
+    if isinstance(fabric.strategy, ZeroStrategy):  # shards the two together
+        module, *placed = fabric.setup(model, *optimizers())
+    else:
+        module = fabric.setup_module(model)
+        placed = [fabric.setup_optimizers(optimizer) for optimizer in optimizers()]
     if model.teacher is not None:
         model.teacher.place(fabric, sharded=bool(job.train.teacher_sharded))
     # Rotary tables stay float32: rounded to bf16 they would blur the later positions.
     model.gpt.cos, model.gpt.sin = cosine.to(fabric.device), sine.to(fabric.device)
-    optimizers = build_optimizer(
-        model, job.arguments["optimizer"], job.train.weight_decay_on or "all"
-    )
     total = count_parameters(job.config, tie_embeddings=bool(job.train.tie_embeddings)).total
     trained = f", {trained_parameters(model):,} of them trained" if job.adaptation else ""
     fabric.print(f"{job.config.name}: {total:,} parameters{trained}")
-    return module, [fabric.setup_optimizers(optimizer) for optimizer in optimizers]
+    return module, placed
 
 
 def take_up(
@@ -378,13 +388,16 @@ def weights_file(job: Job) -> str:
 def side_files(job: Job) -> Callable[[Path], None]:
     """Return what writes a checkpoint's other files, those that make it LitGPT's."""
 
+    words = hub_config(job)
+
     def write(directory: Path) -> None:
         if job.adaptation is None:
             save_config(job.config, directory)
         else:  # the base model's: the method's own fields are in hyperparameters.yaml
             assert job.weights_dir is not None
             shutil.copyfile(job.weights_dir / "model_config.yaml", directory / "model_config.yaml")
-        write_hub_config(job, directory)
+        if words is not None:
+            (directory / "config.json").write_text(words, encoding="utf-8")
         for name in TOKENIZER_FILES if job.tokenizer_dir else ():
             if (job.tokenizer_dir / name).is_file():  # type: ignore[operator]
                 shutil.copyfile(job.tokenizer_dir / name, directory / name)  # type: ignore[operator]
@@ -395,17 +408,16 @@ def side_files(job: Job) -> Callable[[Path], None]:
     return write
 
 
-def write_hub_config(job: Job, directory: Path) -> None:
-    """Write the config.json that transformers (and so `litgpt evaluate`) wants, if it has a class
-    for this model."""
-    from phi_lit.export.configuration import HUB_CONFIG, checkpoint_words
+def hub_config(job: Job) -> str | None:
+    """Return the config.json that transformers (and so `litgpt evaluate`) wants, or None for a
+    model that transformers does not have."""
+    from phi_lit.export.configuration import checkpoint_words
 
     try:
         words = checkpoint_words(job.config, job.weights_dir, job.tokenizer_dir)
     except UserError:  # such as a mixture of experts: LitGPT alone computes it
-        return
-    text = json.dumps(words, indent=2) + "\n"
-    (directory / HUB_CONFIG).write_text(text, encoding="utf-8")
+        return None
+    return json.dumps(words, indent=2) + "\n"
 
 
 def sampler(job: Job, fabric: Fabric, model: LossModel) -> Callable[[], str] | None:

@@ -41,7 +41,7 @@ class Place:
     rows: int = 0
     """Rows consumed by all ranks together."""
     skipped: int = 0
-    """Steps left out because their loss was not finite."""
+    """Steps left out because their loss, or under a loss scale their gradient, was not finite."""
     micro_batch_size: int = 0
     """Rows per forward pass, as resolved when `auto` was asked for."""
     compiled: bool = False

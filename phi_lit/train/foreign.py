@@ -13,6 +13,7 @@ from torch import Tensor
 from phi_lit.errors import UserError
 from phi_lit.train import checkpoint
 from phi_lit.train.args import raise_together
+from phi_lit.train.checkpoint_dir import find_checkpoint_dir
 
 _SAMPLE = 1024
 """Numbers of each tensor that enter a digest, from its start and from its end."""
@@ -57,23 +58,8 @@ def base_checkpoint(given: Path, access_token: str | None) -> Path:
     Raises:
         UserError: it is neither, or not whole.
     """
-    from litgpt.utils import (
-        auto_download_checkpoint,
-        check_valid_checkpoint_dir,
-        extend_checkpoint_dir,
-    )
-
-    directory = extend_checkpoint_dir(Path(given))
-    if not directory.is_dir():
-        try:
-            directory = auto_download_checkpoint(model_name=given, access_token=access_token)
-        except FileNotFoundError:
-            raise UserError(
-                f"checkpoint_dir: there is no directory {given}, and it is no model's name; give "
-                "the directory that a litgpt command saved or converted"
-            ) from None
+    directory = find_checkpoint_dir(given, access_token)
     raise_together(faults(directory, "checkpoint_dir"))
-    check_valid_checkpoint_dir(directory)
     return directory
 
 

@@ -26,6 +26,8 @@ from phi_lit.train import checkpoint
 from phi_lit.train.adaptation import quantizer
 from phi_lit.train.args import TrainArgs, raise_together
 from phi_lit.train.build import build
+from phi_lit.train.deepspeed import check_deepspeed
+from phi_lit.train.experts import expert_faults
 from phi_lit.train.job import Job, Machine, flat, plain
 from phi_lit.train.loop import Run, Stopped, fit, is_due, validate
 from phi_lit.train.monitor import memory, read_record
@@ -59,7 +61,7 @@ def launch(job: Job) -> None:
         accelerator=machine.kind,
         devices=machine.devices,
         num_nodes=machine.num_nodes,
-        precision=None if job.quantize else machine.precision,  # type: ignore[arg-type]
+        precision=_fabric_precision(job, machine),  # type: ignore[arg-type]
         plugins=quantizer(job.quantize, machine.precision) if job.quantize else None,
         loggers=[logger],
         strategy=make_strategy(
@@ -69,6 +71,7 @@ def launch(job: Job) -> None:
             precision=machine.precision,
             devices=machine.devices,
             num_nodes=machine.num_nodes,
+            checkpointing=job.train.activation_checkpointing or "none",
         ),
     )
     fabric.launch()
@@ -80,6 +83,13 @@ def launch(job: Job) -> None:
         _train(job, run)
     finally:
         run.monitor.close()
+
+
+def _fabric_precision(job: Job, machine: Machine) -> str | None:
+    """Return what Fabric is to know: DeepSpeed and quantized layers cast by themselves."""
+    if job.quantize:
+        return None
+    return "32-true" if job.arguments["strategy"] == "deepspeed" else machine.precision
 
 
 def _default_precision(job: Job) -> str:
@@ -103,6 +113,7 @@ def check(job: Job, machine: Machine) -> None:
         cpu_offload=arguments["cpu_offload"],
     )
     faults += _batch_faults(train, machine.world)
+    faults += expert_faults(train, job.config)
     if arguments["resume"] and arguments.get("initial_checkpoint_dir"):
         faults.append("resume and initial_checkpoint_dir are both given; choose one")
     length = train.max_seq_length
@@ -125,6 +136,13 @@ def check(job: Job, machine: Machine) -> None:
         faults.append(f"{optimizer.__name__} needs whole gradients of one scale; use bf16-mixed")
     if fp16 and machine.world > 1 and train.checkpoint_format == "sharded":
         faults.append("train.checkpoint_format: sharded needs FSDP2, which has no 16-mixed")
+    if strategy == "deepspeed":
+        faults += check_deepspeed(
+            sharding=arguments["sharding"] or "full", precision=machine.precision,
+            optimizer=optimizer,
+        )  # fmt: skip
+        if train.checkpoint_format == "sharded":
+            faults.append("train.checkpoint_format: sharded needs strategy fsdp, not deepspeed")
     raise_together(faults)
 
 
@@ -215,6 +233,7 @@ def _merge(job: Job, run: Run) -> None:
 def _summarize(job: Job, run: Run) -> None:
     """Draw the loss curve and print what a reader wants to know at the end."""
     from phi_lit.train.plot import plot_losses
+    from phi_lit.train.plot_experts import plot_experts
 
     rows = read_record(run.out_dir)
     entropy = getattr(job.data, "unigram_entropy", lambda: None)()
@@ -224,6 +243,9 @@ def _summarize(job: Job, run: Run) -> None:
         title=f"{job.command} {job.config.name}",
         reference={} if entropy is None else {"unigram entropy": entropy},
     )
+    routed = any("experts" in row for row in rows)
+    if routed:
+        plot_experts(rows, run.out_dir / "experts.png", title=f"{job.command} {job.config.name}")
     held_out = [row["val_loss"] for row in rows if "val_loss" in row]
     lines = {"steps": f"{run.place.step:,}", "tokens": f"{rows[-1]['tokens']:,}" if rows else "0"}
     if held_out:
@@ -239,6 +261,8 @@ def _summarize(job: Job, run: Run) -> None:
     if run.place.skipped:
         lines["skipped steps"] = f"{run.place.skipped:,}"
     lines["loss curve"] = str(run.out_dir / "losses.png")
+    if routed:
+        lines["expert load"] = str(run.out_dir / "experts.png")
     lines["checkpoint"] = str(run.out_dir / "final")
     width = max(map(len, lines))
     for name, value in lines.items():

@@ -26,6 +26,8 @@ from phi_lit.train import checkpoint, state
 from phi_lit.train.args import TrainArgs
 from phi_lit.train.checkpoint import Background, Place
 from phi_lit.train.course import Course
+from phi_lit.train.deepspeed import ZeroStrategy
+from phi_lit.train.experts import Experts
 from phi_lit.train.feed import Batch, Feed
 from phi_lit.train.init import reseed
 from phi_lit.train.monitor import Monitor
@@ -63,6 +65,8 @@ class Run:
     """Where LitGPT looks for the weights that train."""
     uniform_loss: float
     """Loss of a uniform guess: ln(vocabulary)."""
+    experts: Experts
+    """The model's layers of experts, if it has any."""
     sample: Callable[[], str] | None = None
     """Lets the model write, or None."""
     background: Background | None = None
@@ -132,27 +136,34 @@ def step_once(run: Run, *, stop: bool) -> bool:
         )
     denominator = max(total, 1) / fabric.world_size
     loss_sum = torch.zeros((), device=fabric.device)
+    run.experts.begin(fabric, [batch.inputs.numel() for batch in batches])
     for micro, batch in enumerate(batches):
         reseed(run.seed, step, micro, fabric.global_rank)
+        run.experts.weigh(micro, _loss_scale(fabric))
         last = micro == course.accumulate - 1
         with fabric.no_backward_sync(run.module, enabled=not last):
             inputs, targets, documents = fabric.to_device(batch)
             loss = run.module(inputs, targets, denominator, documents)
             fabric.backward(loss)
+        run.experts.note(micro)
         loss_sum += loss.detach().float() / fabric.world_size
     mean, stop, parts = _reduce(run, loss_sum, stop)
     norm = _clip(run)
-    if _is_good(run, mean, norm):
+    good = _is_good(run, mean, norm)
+    if good:
         for optimizer in run.optimizers:
             optimizer.step()
+        if not math.isfinite(norm):  # the loss scale was too high, and the scaler left it out
+            run.place.skipped += 1
     else:
         _handle_bad(run, mean, norm)
+    routed = run.experts.finish(fabric, move_biases=good)
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
     run.place.step += 1
     run.place.rows = run.feed.position
     run.rows_without_target += empty
-    _report(run, mean, norm, parts, seconds=time.perf_counter() - began)
+    _report(run, mean, norm, {**parts, **routed}, seconds=time.perf_counter() - began)
     return stop
 
 
@@ -205,6 +216,11 @@ def _scaler(fabric: Fabric) -> Any:
     return getattr(fabric._precision, "scaler", None)
 
 
+def _loss_scale(fabric: Fabric) -> float:
+    scaler = _scaler(fabric)
+    return 1.0 if scaler is None else scaler.get_scale()
+
+
 def _is_good(run: Run, loss: float, norm: float) -> bool:
     # With a loss scale an infinite gradient is ordinary: the scaler leaves the step out itself.
     norm_is_good = math.isfinite(norm) or _scaler(run.fabric) is not None
@@ -217,6 +233,8 @@ def _handle_bad(run: Run, loss: float, norm: float) -> None:
         run.place.skipped += 1
         if (scaler := _scaler(run.fabric)) is not None:
             scaler.update()  # closes the step that `_clip` opened by unscaling
+        if isinstance(run.fabric.strategy, ZeroStrategy):
+            run.fabric.strategy.skip_step()
         run.monitor.say(f"{what}: step skipped ({run.place.skipped} so far)")
         return
     finish_saving(run)
@@ -229,9 +247,9 @@ def _handle_bad(run: Run, loss: float, norm: float) -> None:
     )
 
 
-def _report(run: Run, loss: float, norm: float, parts: dict[str, float], *, seconds: float) -> None:
+def _report(run: Run, loss: float, norm: float, parts: dict[str, Any], *, seconds: float) -> None:
     scaler = _scaler(run.fabric)
-    figures = {
+    figures: dict[str, Any] = {
         "loss": loss,
         **parts,
         "learning_rate": run.course.rate(run.place.step - 1, run.peaks[0][0]),

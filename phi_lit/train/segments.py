@@ -130,4 +130,4 @@ def segments(documents: Tensor) -> Iterator[Part]:
 def _new_lse(q: Tensor) -> Tensor:
     """Return room for (B, H, T) logarithms, in the type that the kernel gives."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape[:3], dtype=dtype)
+    return q.new_zeros(q.shape[:3], dtype=dtype)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from phi_lit.train import deepspeed
+
 WRAPPER = "gpt."
 """What `LossModel` puts before LitGPT's parameter names."""
 
@@ -32,12 +34,17 @@ def gather(
         get_optimizer_state_dict,
     )
 
-    options = StateDictOptions(full_state_dict=whole, cpu_offload=whole, ignore_frozen_params=True)
-    model_state = get_model_state_dict(module, options=options)
-    optimizer_state = get_optimizer_state_dict(module, optimizers, options=options)
+    if deepspeed.is_engine(module):
+        model_state, optimizer_state = deepspeed.gather(module)
+    else:
+        options = StateDictOptions(
+            full_state_dict=whole, cpu_offload=whole, ignore_frozen_params=True
+        )
+        model_state = get_model_state_dict(module, options=options)
+        optimizer_state = get_optimizer_state_dict(module, optimizers, options=options)
     if _some_frozen(module):  # quantized layers would add what their weights are scaled by
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-        model_state = {name: model_state[name] for name in model_state.keys() & trained}
+        model_state = {name: value for name, value in model_state.items() if name in trained}
     return _renamed(model_state, optimizer_state, lambda name: name.removeprefix(WRAPPER))
 
 
@@ -57,6 +64,9 @@ def scatter(
     model_state, optimizer_state = _renamed(
         model_state, optimizer_state, lambda name: WRAPPER + name
     )
+    if deepspeed.is_engine(module):
+        deepspeed.scatter(module, model_state, optimizer_state)
+        return
     frozen = _some_frozen(module)
     options = StateDictOptions(full_state_dict=True, strict=not frozen, ignore_frozen_params=frozen)
     if frozen:
