@@ -172,6 +172,21 @@ SEAMS = (
         "it calls whatever a checkpoint's prompt_style.yaml names; only prompt styles are called",
     ),
     Seam(
+        "litgpt.scripts.convert_lit_checkpoint",
+        "copy_weights_phi",
+        "config, state_dict, lit_weights, saver=",
+        "phi_lit.seams:copy_phi_to_hub",
+        "LitGPT's map of phi's weights has no experts",
+    ),
+    Seam(
+        "litgpt.scripts.convert_hf_checkpoint",
+        "copy_weights_phi",
+        "config, qkv_weights, state_dict, hf_weights, saver=, dtype=, pbar=, progress_per_file=, "
+        "debug_mode=",
+        "phi_lit.seams:copy_phi_from_hub",
+        "LitGPT's map of phi's weights has no experts",
+    ),
+    Seam(
         "litgpt.pretrain",
         "setup",
         "model_name, model_config=, out_dir=, precision=, initial_checkpoint_dir=, resume=, data=, "
@@ -474,6 +489,39 @@ def _block_init(module: str) -> Callable[..., None]:
 model_block_init = _block_init("litgpt.model")
 lora_block_init = _block_init("litgpt.lora")
 adapter_v2_block_init = _block_init("litgpt.adapter_v2")
+
+
+def copy_phi_to_hub(
+    config: "Config", state_dict: dict, lit_weights: dict, saver: Any = None
+) -> None:
+    """Replace `copy_weights_phi` of `litgpt convert_from_litgpt`: experts are copied too."""
+    if config.mlp_class_name == MOE_CLASS:
+        from extensions.phi_moe.convert import copy_to_hub
+        from litgpt.scripts.convert_hf_checkpoint import load_param
+
+        lit_weights = copy_to_hub(config, state_dict, lit_weights, saver, load_param)
+    copy = stock("litgpt.scripts.convert_lit_checkpoint.copy_weights_phi")
+    copy(config, state_dict, lit_weights, saver)
+
+
+def copy_phi_from_hub(
+    config: "Config",
+    qkv_weights: dict,
+    state_dict: dict,
+    hf_weights: dict,
+    saver: Any = None,
+    dtype: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Replace `copy_weights_phi` of `litgpt convert_to_litgpt`: experts are copied too."""
+    if config.mlp_class_name == MOE_CLASS:
+        from extensions.phi_moe.convert import copy_from_hub
+        from litgpt.scripts.convert_hf_checkpoint import load_param
+
+        hf_weights = copy_from_hub(config, state_dict, hf_weights, dtype, load_param)
+    copy = stock("litgpt.scripts.convert_hf_checkpoint.copy_weights_phi")
+    copy(config, qkv_weights, state_dict, hf_weights, saver, dtype, *args, **kwargs)
 
 
 def near_model_names(name: str) -> str:
