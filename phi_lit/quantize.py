@@ -60,8 +60,8 @@ class BitsandbytesPrecision(Precision):
         """Quantize the linear layers of a model that was built elsewhere, unless they are."""
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
-                if hasattr(child, "as_linears"):
-                    setattr(parent, name, child.as_linears())
+                if (split := _split(child)) is not None:
+                    setattr(parent, name, split)
         return self._convert_linears(module)
 
     def module_init_context(self) -> AbstractContextManager:
@@ -305,13 +305,19 @@ def _quantize_4bit(weight: Tensor, kind: str, nested: bool) -> tuple[Tensor, Any
 
 def _split_stacked(module: nn.Module, name: str, child: nn.Module | None) -> nn.Module | None:
     """Put a module's `as_linears()` in its place as it is given to its parent."""
-    if not hasattr(child, "as_linears") or next(child.parameters(recurse=False), None) is None:
-        return None
-    split = child.as_linears()
-    for layer in split.modules():
+    split = _split(child)
+    for layer in split.modules() if split is not None else ():
         if isinstance(layer, OnLoad):  # until now a slice of the stack, which may go now
             layer.forget_weight()
     return split
+
+
+def _split(module: nn.Module | None) -> nn.Module | None:
+    """Return a module's `as_linears()` if it has one and still keeps a stack."""
+    split = getattr(module, "as_linears", None)
+    if split is None or module is None or next(module.parameters(recurse=False), None) is None:
+        return None
+    return split()
 
 
 def _convert(module: nn.Module, layer: type[OnLoad], ignored: set[str], prefix: str = "") -> None:
