@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._refuse(404, f"the stand-in has no {self.command} {path}")
 
-    do_GET = do_POST = do_PUT = do_HEAD = _route  # noqa: N815
+    do_GET = do_POST = do_PUT = do_HEAD = _route
 
     def _create(self, asked: dict) -> None:
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
@@ -173,7 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "deletedFile":
                 files.pop(value["path"])
         url = f"{self.server.url}/{name}/commit/{len(repo.commits)}"
-        self._answer(200, {"success": True, "commitOid": "1" * 40, "commitUrl": url, "hookOutput": ""})
+        self._answer(
+            200, {"success": True, "commitOid": "1" * 40, "commitUrl": url, "hookOutput": ""}
+        )
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         repo = self.server.repos.get(name)

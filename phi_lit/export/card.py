@@ -4,6 +4,7 @@ Everything in it comes from `facts.py` or from the export itself.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from litgpt.config import Config
 
 from phi_lit import __version__
+from phi_lit.errors import UserError
 from phi_lit.export.facts import HYPERPARAMETERS, Facts
 
 
@@ -34,6 +36,15 @@ class Subject:
     """Whether its tokenizer puts messages into that form by itself."""
     difference: float | None
     """Largest difference of a logit from LitGPT's, where it was measured."""
+
+
+def check_licence(licence: str) -> None:
+    """Raise a `UserError` unless a licence is spelled as the hub's identifiers are."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise UserError(
+            f"license is {licence!r}; the hub spells licences mit, apache-2.0, cc-by-4.0, other, "
+            "unknown"
+        )
 
 
 def model_card(subject: Subject, facts: Facts) -> str:

@@ -69,6 +69,7 @@ def export(
     from litgpt.utils import extend_checkpoint_dir
 
     from phi_lit.export import push as hub
+    from phi_lit.export.card import check_licence
 
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
     out_dir = Path(out_dir or f"{checkpoint_dir.resolve()}-hub")
@@ -76,6 +77,7 @@ def export(
         checkpoint_dir, out_dir, dtype, max_shard_size, license, push or out_dir.name, verify
     )
     _check_destination(checkpoint_dir, out_dir, overwrite)
+    check_licence(license)
     if push is not None:
         hub.check_name(push)
     elif dry_run or revision is not None:

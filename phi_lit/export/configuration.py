@@ -17,13 +17,15 @@ from phi_lit.export.tokenizer import special_ids
 from phi_lit.export.weights import Layout
 
 HUB_CONFIG = "config.json"
+DROPPED = ("auto_map", "quantization_config")
 
 
 def words_for(config: Config, checkpoint_dir: Path) -> Words:
     """Return the config.json in the checkpoint, or one made from LitGPT's configuration.
 
-    A reference to modelling code (`auto_map`) is dropped: the class that transformers itself has
-    under that name is used, and code from a checkpoint never runs.
+    A reference to modelling code is dropped: the class that transformers itself has under that name
+    is used, and code from a checkpoint never runs. So is how the base model was quantized: ours is
+    not.
 
     Raises:
         UserError: no architecture of transformers computes the model, or the file is broken.
@@ -34,7 +36,7 @@ def words_for(config: Config, checkpoint_dir: Path) -> Words:
         return hub_words(config)
     try:
         words = json.loads(path.read_text(encoding="utf-8"))
-        return {name: value for name, value in words.items() if name != "auto_map"}
+        return {name: value for name, value in words.items() if name not in DROPPED}
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is broken JSON ({error}); restore or remove it") from error
 

@@ -93,19 +93,21 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 def _add_loss(facts: Facts, checkpoint_dir: Path) -> None:
     """Take the held-out loss from the checkpoint itself, or from the record of its run."""
-    loss = None
+    loss, measured = None, None
     manifest = checkpoint_dir / MANIFEST
     if manifest.is_file():
         content = json.loads(manifest.read_text(encoding="utf-8"))
         facts.step, loss = content["step"], content["val_loss"]
+        measured = facts.step
     rows = read_record(checkpoint_dir.resolve().parent)
     if facts.step is None and rows and checkpoint_dir.resolve().name == "final":
         facts.step = rows[-1]["step"]
-    if loss is None:
-        found = [row["val_loss"] for row in rows if "val_loss" in row and row["step"] == facts.step]
-        loss = found[-1] if found else None
+    if loss is None and facts.step is not None:
+        held_out = [row for row in rows if "val_loss" in row and row["step"] <= facts.step]
+        if held_out:
+            loss, measured = held_out[-1]["val_loss"], held_out[-1]["step"]
     if loss is not None:
-        where = f"held-out part of the training data, at step {facts.step:,}"
+        where = f"held-out part of the training data, at step {measured:,}"
         facts.scores.append(Score("held-out loss", "nats per token", loss, where))
 
 

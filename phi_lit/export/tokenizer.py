@@ -78,18 +78,22 @@ def write_tokenizer(checkpoint_dir: Path, directory: Path) -> None:
     for name in TOKENIZER_FILES:
         if (checkpoint_dir / name).is_file():
             shutil.copyfile(checkpoint_dir / name, directory / name)
-    path = directory / "tokenizer.json"
-    if not path.is_file() or _read_alike(directory):
+    path = directory / "tokenizer_config.json"
+    settings = read_settings(path) if path.is_file() else {}
+    if settings.pop("auto_map", None) is not None:  # code that an export does not bring along
+        _write_json(settings, path)
+    if not (directory / "tokenizer.json").is_file() or _read_alike(directory):
         return
-    settings_path = directory / "tokenizer_config.json"
-    settings = read_settings(settings_path) if settings_path.is_file() else {}
-    settings["tokenizer_class"] = PLAIN_CLASS
-    settings_path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    _write_json(settings | {"tokenizer_class": PLAIN_CLASS}, path)
     if not _read_alike(directory):
         raise UserError(
             f"transformers gets other ids than LitGPT from {checkpoint_dir / 'tokenizer.json'}, "
             f"even as a {PLAIN_CLASS}: this tokenizer cannot be exported"
         )
+
+
+def _write_json(content: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_alike(directory: Path) -> bool:
@@ -127,10 +131,17 @@ def write_generation_config(
     checkpoint_dir: Path, directory: Path, special: dict[str, int | None]
 ) -> None:
     """Copy generation_config.json, or write one that knows where the model stops."""
-    if (checkpoint_dir / GENERATION).is_file():
-        shutil.copyfile(checkpoint_dir / GENERATION, directory / GENERATION)
-        return
+    from litgpt.utils import fix_and_load_json
     from transformers import GenerationConfig
 
-    known = {name: value for name, value in special.items() if value is not None}
-    GenerationConfig(**known).save_pretrained(directory)
+    path = checkpoint_dir / GENERATION
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        try:
+            known = fix_and_load_json(text)  # the one that Llama 3.2 came with is broken
+        except ValueError as error:
+            raise UserError(f"{path} is broken JSON ({error}); restore or remove it") from error
+        _write_json(known, directory / GENERATION)
+    else:
+        known = {name: value for name, value in special.items() if value is not None}
+        GenerationConfig(**known).save_pretrained(directory)

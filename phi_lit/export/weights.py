@@ -42,10 +42,14 @@ def hub_weights(config: Config, lit: dict[str, Tensor], *, tied: bool) -> dict[s
     return hub
 
 
-def is_tied(lit: dict[str, Tensor]) -> bool:
-    """Tell whether head and embedding are the same matrix: shared, or equal in every value."""
+def is_tied(config: Config, lit: dict[str, Tensor]) -> bool:
+    """Tell whether head and embedding go into the export as one matrix.
+
+    They do where every value is equal and LitGPT makes the head anew on the way back. Finetuning
+    lets the two drift apart in LitGPT, whatever the config.json of the base model says.
+    """
     embedding, head = lit["transformer.wte.weight"], lit["lm_head.weight"]
-    return embedding.shape == head.shape and torch.equal(embedding, head)
+    return weight_map(config) in RETIED_ON_THE_WAY_BACK and torch.equal(embedding, head)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Layout:
     dtype: torch.dtype | None
     """What to write floating-point tensors as; None keeps each as it is."""
     tied: bool
-    """Whether head and embedding are one matrix."""
+    """Whether head and embedding are written as one matrix."""
     tensors: dict[str, Tensor]
     """Every tensor's shape and final type under its hub name, without data."""
     files: dict[str, list[str]]
@@ -87,7 +91,7 @@ def plan(
     from huggingface_hub import split_torch_state_dict_into_shards
 
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in lit.items()}
-    tied = is_tied(lit)
+    tied = is_tied(config, lit)
     try:
         found = hub_weights(config, shapes, tied=tied)
     except (KeyError, NotImplementedError) as error:
