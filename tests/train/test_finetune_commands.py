@@ -47,6 +47,19 @@ def base(recipe: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="session")
+def experts(
+    recipe: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A pretrained model with experts."""
+    from runs import pretrain
+
+    out = tmp_path_factory.mktemp("experts") / "out"
+    short = {"max_steps": 20, "save_interval": 20}
+    pretrain(recipe(out, model_name="phi1-test-moe", train=short, eval={"interval": 20}))
+    return out / "final"
+
+
+@pytest.fixture(scope="session")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("examples") / "examples.json"
     words = ("return", "import", "class", "value")
@@ -217,6 +230,30 @@ def test_a_quantized_base_can_be_finetuned_on_a_cpu(
         assert losses(half) == losses(out)
 
 
+@pytest.mark.parametrize(
+    ("method", "more"), [("lora", {"lora_mlp": True, "lora_r": 4}), ("adapter_v2", {})]
+)
+def test_models_with_experts_are_adapted_too(
+    tmp_path: Path, finetune: Callable[..., Path], experts: Path, method: str, more: dict[str, Any]
+) -> None:
+    out = finetune(
+        method, tmp_path / "out", checkpoint_dir=str(experts),
+        eval={"initial_validation": True, "interval": 12}, **more,
+    )  # fmt: skip
+    held_out = [row["val_loss"] for row in rows(out) if "val_loss" in row]
+    assert held_out[-1] < held_out[0]
+    if method == "lora":
+        gpt = GPT(Config.from_file(out / "final" / "model_config.yaml"))
+        gpt.load_state_dict(weights_of(out / "final"))
+        moved = {
+            name
+            for name, tensor in weights_of(out / "final").items()
+            if not torch.equal(tensor, weights_of(experts)[name])
+        }
+        assert any("experts" in name for name in moved)
+        assert not any("wte" in name or "norm" in name for name in moved)
+
+
 def test_flat_arrays_of_code_train_lora_too(
     tmp_path: Path, finetune: Callable[..., Path], corpus: Path
 ) -> None:
@@ -351,3 +388,25 @@ def test_a_finetuned_checkpoint_generates_from_the_command_line(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "say return" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_sharded_ranks_adapt_as_one(
+    tmp_path: Path, finetune: Callable[..., Path], base: Path
+) -> None:
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}
+    one = finetune(
+        "lora", tmp_path / "one", optimizer=sgd, lora_dropout=0.0, train={"micro_batch_size": 2}
+    )
+    arguments = yaml.safe_load((tmp_path / "one.yaml").read_text())
+    arguments |= {"out_dir": str(tmp_path / "two"), "devices": 2, "strategy": "fsdp"}
+    config = tmp_path / "two.yaml"
+    config.write_text(yaml.safe_dump(arguments))
+    done = subprocess.run(
+        [LITGPT, "finetune_lora", "--config", str(config)],
+        env=quiet_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), abs=1e-5)
+    ours, theirs = (weights_of(tmp_path / name / "final") for name in ("two", "one"))
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-5) for name in theirs)
