@@ -19,7 +19,7 @@ from lightning import Fabric
 from litgpt.model import GPT
 from litgpt.prompts import save_prompt_style
 from litgpt.tokenizer import Tokenizer
-from litgpt.utils import save_config
+from litgpt.utils import save_config, select_sft_generate_example
 from torch.optim import Optimizer
 
 from phi_lit.data.tokenizer import load_tokenizer
@@ -421,17 +421,34 @@ def hub_config(job: Job) -> str | None:
 
 
 def sampler(job: Job, fabric: Fabric, model: LossModel) -> Callable[[], str] | None:
-    """Return what lets the model continue `train.sample_prompt`, where it can.
+    """Return what lets the model continue `train.sample_prompt` (in finetuning also a question of
+    the data), where it can.
 
     One process only: a sharded model has no place to keep a cache of keys and values.
     """
-    prompt = job.train.sample_prompt
-    if prompt is None or job.tokenizer_dir is None or fabric.world_size > 1:
+    if job.tokenizer_dir is None or fabric.world_size > 1:
         return None
     tokenizer = Tokenizer(job.tokenizer_dir)
+    given = job.train.sample_prompt
+    prompt = given if given is not None else _example_of(job)
+    if prompt is None:
+        return None
     if len(tokenizer.encode(prompt)) >= job.length:
+        if given is None:  # an example that leaves no room to answer
+            return None
         raise UserError(f"train.sample_prompt is longer than a row of {job.length} tokens")
-    return lambda: sample_text(model.gpt, tokenizer, prompt, fabric.device)
+    new_tokens = job.eval.max_new_tokens or 100
+    return lambda: sample_text(model.gpt, tokenizer, prompt, fabric.device, new_tokens)
+
+
+def _example_of(job: Job) -> str | None:
+    """Return a question of the data as LitGPT's finetuning chooses it, or None where there is none:
+    a flat array, or a data set that does not show its texts."""
+    examples = getattr(getattr(job.data, "test_dataset", None), "data", None)
+    style = getattr(job.data, "prompt_style", None)
+    if job.command != "finetune" or not examples or style is None:
+        return None
+    return style.apply(select_sft_generate_example(job.eval, job.data))
 
 
 @torch.no_grad()
