@@ -8,9 +8,12 @@ of the commands, not from the imported functions.
 
 import ast
 import sys
+from collections.abc import Callable
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
+from typing import get_origin, get_type_hints
 
 from phi_lit import __version__
 from phi_lit.autoload import hook_litgpt
@@ -21,9 +24,13 @@ COMMANDS = {
     "prepare": "phi_lit.data.prepare:prepare",
     "tokenizer train": "phi_lit.data.tokenizer:train",
     "tokenizer codegen": "phi_lit.data.tokenizer:codegen",
+    "tokenizer pad": "phi_lit.data.padding:pad",
     "generate": "phi_lit.generate.command:generate",
     "import-gguf": "phi_lit.gguf:import_gguf",
     "plan": "phi_lit.train.plan:plan",
+    "upcycle": "phi_lit.upcycle:upcycle",
+    "resize": "phi_lit.train.resize:resize",
+    "stages": "phi_lit.stages:stages",
     "consolidate": "phi_lit.train.checkpoint:consolidate",
     "export": "phi_lit.export.command:export",
     "configs": "phi_lit.configs:configs",
@@ -108,7 +115,16 @@ def _run(command: str, arguments: list[str]) -> None:
     )
     module, _, name = COMMANDS[command].partition(":")
     function = getattr(import_module(module), name)
-    CLI(function, args=arguments, prog=f"phi-lit {command}")
+    CLI(function, args=_gathered(function, arguments), prog=f"phi-lit {command}")
+
+
+def _gathered(function: Callable[..., None], arguments: list[str]) -> list[str]:
+    """Write `a b --x 1` as jsonargparse wants it where the first thing is a list: `[a,b] --x 1`."""
+    first = next(iter(get_type_hints(function).values()))
+    words = list(takewhile(lambda word: not word.startswith(("-", "[")), arguments))
+    if get_origin(first) is not list or not words:
+        return arguments
+    return [f"[{','.join(words)}]", *arguments[len(words) :]]
 
 
 def _explain(words: list[str]) -> int:

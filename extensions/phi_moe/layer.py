@@ -14,6 +14,7 @@ from extensions.phi_moe import routing
 from extensions.phi_moe.experts import Experts
 from extensions.phi_moe.routing import AttachLoss, Router, Routing
 from extensions.phi_moe.settings import Settings
+from extensions.phi_moe.stacks import StackedLinear
 
 if TYPE_CHECKING:
     from litgpt.config import Config
@@ -62,7 +63,7 @@ class PhiMoE(nn.Module):
         return Router(self.config.n_embd, self.config.n_expert)
 
     def make_experts(self, n_expert: int, inner: int, settings: Settings) -> Experts:
-        """Make a stack of experts (variants for finetuning make another)."""
+        """Make experts of one shape."""
         tanh = settings.activation == "gelu" and self.config.gelu_approximate == "tanh"
         return Experts(
             n_expert,
@@ -71,7 +72,12 @@ class PhiMoE(nn.Module):
             bias=self.config.bias,
             activation="gelu_tanh" if tanh else settings.activation,
             silent=settings.placement == "after",
+            linear=self.make_stack,
         )
+
+    def make_stack(self, *sizes: int, **options: bool) -> StackedLinear:
+        """Make a stack of linear layers (variants for finetuning make another)."""
+        return StackedLinear(*sizes, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts, and the shared ones (B, T, D)."""
@@ -87,7 +93,7 @@ class PhiMoE(nn.Module):
         load_E = routing.count_tokens(expert_NK, self.n_expert)
         y_ND = self.experts(x_ND, weight_NK, expert_NK, load_E)
         if self.shared_experts is not None:
-            y_ND = y_ND + self.shared_experts.every_token(x_ND)
+            y_ND = y_ND + self.shared_experts.at(x_ND, 0)
         if self.training:
             self.gate.note(logits_NE, load_E)
             y_ND = self._with_losses(y_ND, logits_NE, load_E)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from extensions.phi_moe.layout import check_layout
 from extensions.phi_moe.settings import DENSE_CLASS, MLP_CLASS, Settings, has_experts
 
 if TYPE_CHECKING:
@@ -34,14 +35,15 @@ def place_experts(
         init(block, config, block_idx)
         return
     settings = Settings.of(config)
-    here = has_experts(config, block_idx)
-    if here and settings.placement == "instead":
+    kind = settings.placement if has_experts(config, block_idx) else "dense"
+    if kind == "instead":
         init(block, config, block_idx)
-        return
-    dense = copy.copy(config)
-    dense.mlp_class_name = DENSE_CLASS[settings.activation]
-    init(block, dense, block_idx)
-    if here:
+    else:
+        dense = copy.copy(config)
+        dense.mlp_class_name = DENSE_CLASS[settings.activation]
+        init(block, dense, block_idx)
+    check_layout(block, block_idx, settings, kind)
+    if kind == "after":
         block.norm_3 = config.norm_class(config.n_embd, eps=config.norm_eps)
         block.moe = config.mlp_class(config)
         block.post_moe_norm = nn.Identity()  # the end of the branch, where dropout can be put

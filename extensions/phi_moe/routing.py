@@ -54,12 +54,16 @@ class Router(nn.Module):
     while it recomputes."""
 
     def __init__(self, size: int, n_expert: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.make_parameters(size, n_expert)
+
+    def make_parameters(self, size: int, n_expert: int) -> None:
+        """Do what `__init__` does, in an object that is a module already."""
         self.weight = nn.Parameter(torch.empty(n_expert, size))
         exact = torch.float32
         self.register_buffer("selection_bias", torch.zeros(n_expert, dtype=exact))
         self.register_buffer("figures", torch.zeros(n_expert + 3, dtype=exact), persistent=False)
-        self.reset_parameters()
+        Router.reset_parameters(self)
 
     def reset_parameters(self) -> None:
         """Draw the weight anew (std 0.02) and forget the bias."""
@@ -125,10 +129,18 @@ def choose(
     score_NE = logits_NE.softmax(-1)
     expert_NK = (score_NE.detach() + selection_bias_E).topk(kept, dim=-1).indices
     if over_all:
-        weight_NK = score_NE.gather(1, expert_NK)
-    else:
-        weight_NK = logits_NE.gather(1, expert_NK).softmax(-1)
-    return weight_NK * scale, expert_NK
+        return _pick(score_NE, expert_NK) * scale, expert_NK
+    return _pick(logits_NE, expert_NK).softmax(-1) * scale, expert_NK
+
+
+def _pick(value_NE: Tensor, expert_NK: Tensor) -> Tensor:
+    """Return the values at the chosen experts (N, K): `gather`, with a gradient that adds nowhere.
+
+    A gather's gradient is a scatter, which torch 2.13's compiler fused wrongly here on a CPU: of
+    the router's gradient only the losses' share was left.
+    """
+    expert_E = torch.arange(value_NE.shape[1], device=value_NE.device)
+    return (value_NE.unsqueeze(1) * (expert_NK.unsqueeze(-1) == expert_E)).sum(-1)
 
 
 def count_tokens(expert_NK: Tensor, n_expert: int) -> Tensor:
@@ -169,4 +181,4 @@ class AttachLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """Pass the gradient on, and give the loss its own."""
         (scale,) = ctx.saved_tensors
-        return grad, scale, None
+        return grad, scale.clone(), None

@@ -73,9 +73,7 @@ def _number_faults(config: "Config") -> list[str]:
         if getattr(config, name) is not None:
             wrong.append(f"{MLP_CLASS} chooses among all experts: leave {name} out")
     if config.first_k_dense_replace is not None:
-        wrong.append(
-            f"{MLP_CLASS} has no first_k_dense_replace: see hf_config.moe.every"
-        )
+        wrong.append(f"{MLP_CLASS} has no first_k_dense_replace: see hf_config.moe.every")
     return wrong
 
 

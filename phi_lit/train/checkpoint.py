@@ -41,7 +41,7 @@ class Place:
     rows: int = 0
     """Rows consumed by all ranks together."""
     skipped: int = 0
-    """Steps left out because their loss was not finite."""
+    """Steps left out because their loss, or under a loss scale their gradient, was not finite."""
     micro_batch_size: int = 0
     """Rows per forward pass, as resolved when `auto` was asked for."""
     compiled: bool = False
@@ -121,10 +121,12 @@ def write_whole(
     place: Place,
     identity: dict[str, Any],
     write_side_files: Callable[[Path], None],
+    *,
+    weights_file: str = MODEL_FILE,
 ) -> None:
     """Write a checkpoint of whole tensors; called on rank 0 only."""
     with staged_dir(directory) as partial:
-        save_file({"model": model_state}, partial / MODEL_FILE)
+        save_file({"model": model_state}, partial / weights_file)
         save_file({"optimizer": optimizer_state, **vars(place)}, partial / STATE_FILE)
         write_side_files(partial)
         (partial / MANIFEST).write_text(_manifest(partial, place, identity, sharded=False))
@@ -287,7 +289,8 @@ def read_state(
         model_state = joined([shard["model"] for shard in shards])
         optimizer_state = joined([shard["optimizer"] for shard in shards])
     else:
-        model_state = load_file(directory / MODEL_FILE)["model"]
+        (weights_file,) = (name for name in manifest["files"] if name.startswith(MODEL_FILE))
+        model_state = load_file(directory / weights_file)["model"]
         optimizer_state = state.pop("optimizer")
     return model_state, optimizer_state, Place(**state)
 

@@ -2,8 +2,7 @@
 
 Sharding is FSDP2 (`fully_shard` per block) through Fabric's ModelParallelStrategy, the one path
 that also runs on CPU processes over gloo and so is tested everywhere. FSDP1 stays for fp16 with a
-loss scale on GPU, which FSDP2's strategy refuses. DeepSpeed is refused: Fabric's wants model and
-optimizer set up together and saves in a format of its own, and nothing here could run it.
+loss scale on GPU, which FSDP2's strategy refuses. DeepSpeed's sharding is in `deepspeed.py`.
 """
 
 from datetime import timedelta
@@ -44,10 +43,8 @@ def check_strategy(
 ) -> list[str]:
     """Return what is wrong with a strategy on this many processes, a sentence each."""
     faults = []
-    if strategy == "deepspeed":
-        faults.append("strategy deepspeed is not supported yet; fsdp shards the same state")
-    if cpu_offload and strategy != "fsdp":
-        faults.append(f"cpu_offload needs strategy fsdp, not {strategy}")
+    if cpu_offload and strategy not in ("fsdp", "deepspeed"):
+        faults.append(f"cpu_offload needs strategy fsdp or deepspeed, not {strategy}")
     if cpu_offload and device == "cpu":
         faults.append("cpu_offload needs a GPU to offload from")
     return faults
@@ -61,17 +58,19 @@ def make_strategy(
     precision: str,
     devices: int,
     num_nodes: int,
+    checkpointing: str = "none",
 ) -> str | Strategy:
     """Return the Fabric strategy for a key.
 
     Args:
-        strategy: "auto" (one process: none; several: fsdp), "ddp" or "fsdp".
+        strategy: "auto" (one process: none; several: fsdp), "ddp", "fsdp" or "deepspeed".
         sharding: "full" (parameters, gradients, optimizer state), "grad_op" (parameters stay
             gathered between forward and backward), "hybrid" (full in a node, copies across nodes).
         cpu_offload: keep sharded parameters and optimizer state in host memory.
         precision: one of `PRECISIONS`.
         devices: processes per node.
         num_nodes: nodes.
+        checkpointing: which activations are made again.
     """
     world = devices * num_nodes
     if strategy == "auto":
@@ -92,6 +91,14 @@ def make_strategy(
             process_group_backend="cpu:gloo,cuda:nccl" if cpu_offload else None,
             timeout=TIMEOUT,
         )
+    if strategy == "deepspeed":
+        from phi_lit.train.deepspeed import ZeroStrategy, config_of
+
+        config = config_of(
+            sharding=sharding, cpu_offload=cpu_offload, precision=precision,
+            checkpointing=checkpointing,
+        )  # fmt: skip
+        return ZeroStrategy(config, timeout=TIMEOUT)
     return "auto"
 
 

@@ -7,17 +7,17 @@ from torch.nn import functional as F
 
 def mlp(x: Tensor, experts, expert: int) -> Tensor:
     """Run one token (D,) through one expert of a stack."""
-    fc_bias = None if experts.fc_bias is None else experts.fc_bias[expert]
-    proj_bias = None if experts.proj_bias is None else experts.proj_bias[expert]
-    h = F.linear(x, experts.fc[expert], fc_bias)
+    fc_bias = None if experts.fc.bias is None else experts.fc.bias[expert]
+    proj_bias = None if experts.proj.bias is None else experts.proj.bias[expert]
+    h = F.linear(x, experts.fc.weight[expert], fc_bias)
     if experts.activation == "swiglu":
-        inner = experts.fc.shape[1] // 2
+        inner = experts.fc.weight.shape[1] // 2
         a = F.silu(h[:inner]) * h[inner:]
     elif experts.activation == "gelu_tanh":
         a = F.gelu(h, approximate="tanh")
     else:
         a = F.gelu(h)
-    return F.linear(a, experts.proj[expert], proj_bias)
+    return F.linear(a, experts.proj.weight[expert], proj_bias)
 
 
 def mixture(x_ND: Tensor, experts, weight_NK: Tensor, expert_NK: Tensor) -> Tensor:

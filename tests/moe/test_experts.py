@@ -33,7 +33,7 @@ ROUTES = {
 def compare(experts: Experts, expert_NK, run) -> None:
     """Hold outputs and all gradients against the double's, which computes in float64."""
     torch.manual_seed(2)
-    dtype = experts.fc.dtype
+    dtype = experts.fc.weight.dtype
     exact = torch.promote_types(dtype, torch.float32)
     x = torch.randn(len(expert_NK), SIZE).to(dtype).requires_grad_()
     weight = torch.rand(expert_NK.shape).to(exact).requires_grad_()
@@ -67,7 +67,7 @@ def close(ours, theirs, dtype) -> None:
 
 
 def run_layer(experts, x, weight, expert_NK):
-    load = routing.count_tokens(expert_NK, experts.fc.shape[0])
+    load = routing.count_tokens(expert_NK, experts.fc.weight.shape[0])
     return experts(x, weight, expert_NK, load)
 
 
