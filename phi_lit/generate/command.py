@@ -42,7 +42,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     filter_thres: float | None = None,
-    stop: list[str] | str | None = None,
+    stop: list[str] | str = "",
     ignore_eos: bool = False,
     prompt_style: str | None = None,
     seed: int = 0,
@@ -81,7 +81,7 @@ def generate(
         out: The file to write, one completion per line, sorted when it is finished. A file begun
             with the same settings is gone on with. Without it, standard output, as they finish.
     """
-    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    stops = _stops(stop)
     sampling = Sampling(temperature, top_k, top_p, filter_thres)
     faults = setting_faults(samples, max_new_tokens, sampling, stops)
     if batch_size != "auto" and batch_size < 1:
@@ -124,6 +124,19 @@ def generate(
             _write_all(work(frozenset(results.done)), found, total, len(results.done), results.add)
         results.finish()
     print(f"{out}: {total:,} completions of {len(found):,} prompts", file=sys.stderr)
+
+
+def _stops(stop: list[str] | str) -> list[str]:
+    """Return the stop strings; warn of a backslash where a newline was meant."""
+    stops = [text for text in ([stop] if isinstance(stop, str) else stop) if text]
+    for text in stops:
+        if "\\n" in text:
+            print(
+                f"phi_lit: note: the stop string {text} holds a backslash and an n, not a newline. "
+                "A newline is written --stop '[\"\\ndef\"]'.",
+                file=sys.stderr,
+            )
+    return stops
 
 
 def _check_quantize(quantize: str | None) -> None:

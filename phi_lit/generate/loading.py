@@ -12,7 +12,7 @@ import torch
 from lightning import Fabric
 from litgpt.config import Config
 from litgpt.model import GPT
-from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style, prompt_styles
+from litgpt.prompts import Default, PromptStyle, has_prompt_style, load_prompt_style, prompt_styles
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import (
     check_valid_checkpoint_dir,
@@ -42,7 +42,13 @@ class Checkpoint:
     tokenizer: Tokenizer
 
     def prompt_style(self, name: str | None) -> PromptStyle:
-        """Return LitGPT's prompt style of that name, or the checkpoint's own."""
+        """Return LitGPT's prompt style of that name, or the checkpoint's own.
+
+        Raises:
+            UserError: LitGPT has no such style.
+        """
+        if name == "default":
+            return Default()
         if name is not None:
             if name not in prompt_styles:
                 near = did_you_mean(name, prompt_styles)
