@@ -34,8 +34,8 @@ from phi_lit.progress import progress
 
 def generate(
     checkpoint_dir: Path,
-    prompts: str | None = None,
-    prompt: str | None = None,
+    prompts: str = "",
+    prompt: str = "",
     samples: int = 1,
     max_new_tokens: int = 256,
     temperature: float = 0.8,
@@ -96,7 +96,7 @@ def generate(
     encode_prompts(
         checkpoint.tokenizer, texts, checkpoint.config.block_size, [one.name for one in found]
     )
-    check_room(checkpoint, precision, quantize)
+    pack = check_room(checkpoint, precision, quantize)
     settings = {
         "samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature,
         "top_k": top_k, "top_p": top_p, "filter_thres": filter_thres, "stop": stops,
@@ -106,9 +106,8 @@ def generate(
 
     def work(done: Collection[tuple[int, int]]) -> Iterator[Completion]:
         model = load_model(checkpoint, precision, quantize)
-        sampler = Sampler(
-            model, checkpoint.tokenizer, batch_size=None if batch_size == "auto" else batch_size
-        )
+        rows = None if batch_size == "auto" else batch_size
+        sampler = Sampler(model, checkpoint.tokenizer, batch_size=rows, pack=pack)
         del model  # the sampler has laid its weights out anew
         return sampler.sample(
             texts, samples=samples, max_new_tokens=max_new_tokens, sampling=sampling, stop=stops,

@@ -83,13 +83,13 @@ def test_greedy_is_transformers(one_thread, tokenizer):
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_samples_owe_nothing_to_their_batch(gpt, tokenizer, sampling):
     """In float32, on these models, to the token: alone, in any batch, gone on with."""
-    options = dict(samples=7, max_new_tokens=25, sampling=sampling, stop=["\n", "ab"], seed=3)
+    options = dict(samples=4, max_new_tokens=20, sampling=sampling, stop=["\n", "ab"], seed=3)
     whole = by_place(Sampler(gpt, tokenizer, batch_size=64).sample(PROMPTS, **options))
-    assert len(whole) == 35
-    for batch_size in (1, 3, 10):
+    assert len(whole) == 20
+    for batch_size in (1, 3, 7):
         made = Sampler(gpt, tokenizer, batch_size=batch_size).sample(PROMPTS, **options)
         assert by_place(made) == whole
-    done = [(0, 3), (1, 0), (1, 1), *((4, sample) for sample in range(7))]
+    done = [(0, 3), (1, 0), (1, 1), *((4, sample) for sample in range(4))]
     rest = by_place(Sampler(gpt, tokenizer, batch_size=4).sample(PROMPTS, **options, done=done))
     assert rest == {place: c for place, c in whole.items() if place not in done}
 
