@@ -17,6 +17,17 @@ from phi_lit.train import deepspeed
 WRAPPER = "gpt."
 """What `LossModel` puts before LitGPT's parameter names."""
 
+UNTOUCHED: dict[str, Any] = {"state": {}, "param_groups": []}
+"""The state of optimizers before their first step."""
+
+
+def is_untouched(optimizers: list[Optimizer]) -> bool:
+    """Tell whether no optimizer has stepped yet.
+
+    PyTorch would make such a state by a step with zero gradients, which counts as one ever after.
+    """
+    return not any(optimizer.state for optimizer in optimizers)
+
 
 def gather(
     module: nn.Module, optimizers: list[Optimizer], *, whole: bool
@@ -39,7 +50,9 @@ def gather(
     else:
         options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
         model_state = get_model_state_dict(module, options=options)
-        optimizer_state = get_optimizer_state_dict(module, optimizers, options=options)
+        optimizer_state = dict(UNTOUCHED)
+        if not is_untouched(optimizers):
+            optimizer_state = get_optimizer_state_dict(module, optimizers, options=options)
     return _renamed(model_state, optimizer_state, lambda name: name.removeprefix(WRAPPER))
 
 
@@ -64,7 +77,8 @@ def scatter(
         return
     options = StateDictOptions(full_state_dict=True, strict=True)
     set_model_state_dict(module, model_state, options=options)
-    set_optimizer_state_dict(module, optimizers, optimizer_state, options=options)
+    if optimizer_state["state"]:
+        set_optimizer_state_dict(module, optimizers, optimizer_state, options=options)
 
 
 def _renamed(
