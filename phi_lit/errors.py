@@ -14,6 +14,9 @@ from types import TracebackType
 class UserError(ValueError):
     """Something the user can fix: the message is one line and says where."""
 
+    for_users = True
+    """By this mark an error is shown as its line alone; an extension's errors may carry it too."""
+
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Return `" Did you mean 'a' or 'b'?"` for the options nearest to `word`, or nothing."""
@@ -33,7 +36,7 @@ def show_user_errors() -> None:
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        if issubclass(kind, UserError):
+        if getattr(kind, "for_users", False):
             print(f"phi_lit: error: {error}", file=sys.stderr)
         else:
             previous(kind, error, traceback)

@@ -63,7 +63,45 @@ PHI_1_TEST = _variant(
     n_head=2,
 )
 
-CONFIGS = [PHI_1, PHI_1_SMALL, PHI_1_NANO, PHI_1_NANO_CODEGEN, PHI_1_TEST]
+PHI_2 = _variant(PHI_1, "phi-2", n_layer=32, n_embd=2560, rotary_percentage=0.4, vocab_size=50_257)
+"""LitGPT's own phi-2; it stands here to be varied, and is not registered again."""
+
+
+def _with_experts(
+    base: dict[str, Any], name: str, *, experts: int = 8, kept: int = 2, **moe: Any
+) -> dict[str, Any]:
+    """Give a model experts of which the kept ones are together as wide as its MLP (4 n_embd).
+
+    Instead of the MLP they so cost a token what the MLP did, but for the router.
+    """
+    return dict(
+        base,
+        name=name,
+        hf_config=dict(org="phi-lit", name=name, moe=moe),
+        mlp_class_name="PhiMoE",
+        n_expert=experts,
+        n_expert_per_token=kept,
+        moe_intermediate_size=4 * base["n_embd"] // kept,
+    )
+
+
+PHI_1_MOE = _with_experts(PHI_1, "phi1-moe", placement="instead")
+PHI_1_SMALL_MOE = _with_experts(PHI_1_SMALL, "phi1-small-moe", placement="instead")
+PHI_2_MOE = _with_experts(PHI_2, "phi2-moe", placement="after")
+PHI_1_NANO_MOE = _with_experts(PHI_1_NANO, "phi1-nano-moe", placement="instead")
+PHI_1_NANO_MOE_AFTER = _with_experts(PHI_1_NANO, "phi1-nano-moe-after", placement="after")
+PHI_1_TEST_MOE = _with_experts(PHI_1_TEST, "phi1-test-moe", experts=4, placement="instead")
+PHI_1_TEST_MOE_AFTER = _with_experts(
+    PHI_1_TEST, "phi1-test-moe-after", experts=4, placement="after"
+)
+
+WITH_EXPERTS = [
+    PHI_1_MOE, PHI_1_SMALL_MOE, PHI_2_MOE, PHI_1_NANO_MOE, PHI_1_NANO_MOE_AFTER, PHI_1_TEST_MOE,
+    PHI_1_TEST_MOE_AFTER,
+]  # fmt: skip
+"""The models whose MLP class is `extensions/phi_moe`'s."""
+
+CONFIGS = [PHI_1, PHI_1_SMALL, PHI_1_NANO, PHI_1_NANO_CODEGEN, PHI_1_TEST, *WITH_EXPERTS]
 """Keyword arguments of `litgpt.config.Config`, in the order in which a list shows them."""
 
 MODELS: dict[str, dict[str, Any]] = {config["name"]: config for config in CONFIGS}

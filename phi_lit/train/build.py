@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +24,28 @@ from torch.optim import Optimizer
 
 from phi_lit.data.tokenizer import load_tokenizer
 from phi_lit.errors import UserError
-from phi_lit.train import checkpoint, state
+from phi_lit.train import checkpoint, foreign, state
+from phi_lit.train import teacher as teachers
+from phi_lit.train.adaptation import trained_parameters
+from phi_lit.train.args import masks_documents
 from phi_lit.train.checkpoint import Place
+from phi_lit.train.checkpoint_dir import TOKENIZER_FILES
 from phi_lit.train.checkpointing import apply_activation_checkpointing
 from phi_lit.train.course import Course, plan_course
 from phi_lit.train.deepspeed import ZeroStrategy
 from phi_lit.train.devices import peak_for
+from phi_lit.train.documents import apply_document_mask
 from phi_lit.train.dropout import apply_dropout
-from phi_lit.train.feed import Feed, make_feed
+from phi_lit.train.experts import Experts, apply_expert_options, architecture, expert_settings
 from phi_lit.train.flops import count_parameters, flops_per_token_6n_12ldt
 from phi_lit.train.init import initialize
 from phi_lit.train.job import Job, Machine, plain
+from phi_lit.train.job_feed import held_out, make_job_feed
 from phi_lit.train.loop import Run, unwrapped
 from phi_lit.train.microbatch import largest_micro_batch, refuse_what_cannot_fit
 from phi_lit.train.model import LossModel, compile_blocks
 from phi_lit.train.monitor import Monitor
 from phi_lit.train.optim import build_optimizer, parse_optimizer
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "generation_config.json",
-)
 
 COMPILE_PAYS_AFTER = 900.0
 """Seconds that a run must be expected to last before `compile: auto` compiles on a CPU: it starts
@@ -60,19 +60,24 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
     given = job.train.micro_batch_size
     refuse_what_cannot_fit(job, machine, 1 if given == "auto" else given)
     prepare_data(job, fabric)
-    course = plan_course(job, make_job_feed(job, fabric, 1).rows_per_epoch)
+    planned = make_job_feed(job, fabric, 1)
+    course = plan_course(job, planned.rows_per_epoch)
     resume_dir = find_checkpoint(job, fabric, out_dir)
     manifest = checkpoint.read_manifest(resume_dir) if resume_dir else None
     identity = describe(job, machine, course)
     if manifest is not None:
         refuse_changes(str(resume_dir), manifest["run"], identity, job.train.resume_changed)
 
-    model = build_model(job, first_weights=resume_dir is None)
+    model = build_model(job, fabric, first_weights=resume_dir is None)
+    model.teacher = teachers.open_teacher(job, machine)
     micro_batch = choose_micro_batch(job, machine, fabric, model, resume_dir)
     course = plan_course(job, course.rows_per_epoch, micro_batch * fabric.world_size)
     compiled = decide_compile(job, machine, fabric, course, resume_dir)
     if compiled:
-        compile_blocks(model.gpt, **compile_options(machine))
+        options = compile_options(machine)
+        compile_blocks(model.gpt, **options)
+        if model.teacher is not None:
+            compile_blocks(model.teacher.gpt, **options)
     module, optimizers = place_model(job, fabric, model)
     peaks = [[group["lr"] for group in each.param_groups] for each in optimizers]
     place = Place()
@@ -81,7 +86,7 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
     place.micro_batch_size, place.compiled = micro_batch, compiled
 
     connect_data(job, micro_batch)
-    feed = make_job_feed(job, fabric, micro_batch)
+    feed = make_job_feed(job, fabric, micro_batch, planned)
     feed.seek(place.rows)
     peak = peak_for(fabric.device, arithmetic_of(machine.precision))
     monitor = Monitor(
@@ -92,9 +97,11 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
     )  # fmt: skip
     return Run(
         fabric=fabric, module=module, optimizers=optimizers, peaks=peaks, feed=feed,
-        held_out=job.data.val_dataloader, course=course, train=job.train, place=place,
+        held_out=held_out(job), course=course, train=job.train, place=place,
         monitor=monitor, out_dir=out_dir, seed=job.arguments["seed"], identity=identity,
-        write_side_files=side_files(job), uniform_loss=math.log(job.config.padded_vocab_size or 2),
+        write_side_files=side_files(job), weights_file=weights_file(job),
+        uniform_loss=teachers.loss_of_a_guess(job, math.log(job.config.padded_vocab_size or 2)),
+        experts=Experts.of(model.gpt, job.train.balance_bias_rate),
         sample=sampler(job, fabric, model),
     )  # fmt: skip
 
@@ -138,18 +145,6 @@ def tell_data(job: Job, micro_batch: int) -> None:
     )
 
 
-def make_job_feed(job: Job, fabric: Fabric, micro_batch: int) -> Feed:
-    """Return the feed of the training split for this rank."""
-    return make_feed(
-        job.data.train_dataloader(),
-        micro_batch=micro_batch,
-        rank=fabric.global_rank,
-        world=fabric.world_size,
-        seed=job.arguments["seed"],
-        max_seq_length=job.length,
-    )
-
-
 # ------------------------------------------------------------------------------------------ resume
 
 
@@ -184,13 +179,30 @@ def describe(job: Job, machine: Machine, course: Course) -> dict[str, Any]:
             for key in ("schedule", "warmup", "schedule_steps", "decay", "floor")
         },
         "loss": {"z_loss": train.z_loss, "max_norm": train.max_norm},
+        "distillation": teachers.identity_of(job),
+        **_adaptation_identity(job),
         "weight_decay_on": train.weight_decay_on,
         "tie_embeddings": bool(train.tie_embeddings),
         "dropout": {"attention": train.attention_dropout, "residual": train.residual_dropout},
         "precision": machine.precision,
         "seed": job.arguments["seed"],
+        **(
+            {"experts": experts}
+            if (experts := {**architecture(job.config), **expert_settings(train)})
+            else {}
+        ),
+        **({"pack": True} if train.pack else {}),
+        **({"document_mask": True} if masks_documents(train) else {}),
     }
     return json.loads(json.dumps(description, default=str))
+
+
+def _adaptation_identity(job: Job) -> dict[str, Any]:
+    """Return what is not in the checkpoints of a run that trains few parameters: the others."""
+    if job.adaptation is None or job.weights_dir is None:
+        return {}
+    base = foreign.digest(job.weights_dir)
+    return {"method": job.adaptation.command, "base": base, "quantize": job.quantize}
 
 
 def refuse_changes(
@@ -208,15 +220,30 @@ def refuse_changes(
 # ------------------------------------------------------------------------------------------- model
 
 
-def build_model(job: Job, *, first_weights: bool) -> LossModel:
+def build_model(job: Job, fabric: Fabric, *, first_weights: bool) -> LossModel:
     """Build the model in float32 on the CPU, the same on every rank.
 
     Args:
         job: names the model, its first weights and what is done to its blocks.
+        fabric: knows how weights are quantized, if they are.
         first_weights: fill it (a resumed run's weights come from its checkpoint instead).
     """
     train = job.train
     torch.manual_seed(job.arguments["seed"])
+    gpt = _adapted_gpt(job, fabric) if job.adaptation else _gpt(job, first_weights)
+    gpt.max_seq_length = job.length
+    apply_expert_options(gpt, train)
+    apply_dropout(
+        gpt, attention=train.attention_dropout or 0.0, residual=train.residual_dropout or 0.0
+    )
+    if masks_documents(train):
+        apply_document_mask(gpt)
+    apply_activation_checkpointing(gpt, train.activation_checkpointing or "none")
+    return LossModel(gpt, z_loss=train.z_loss or 0.0)
+
+
+def _gpt(job: Job, first_weights: bool) -> GPT:
+    train = job.train
     gpt = GPT(job.config)
     if first_weights and job.weights_dir is None:
         initialize(gpt, train.init or "litgpt")
@@ -224,12 +251,15 @@ def build_model(job: Job, *, first_weights: bool) -> LossModel:
         gpt.transformer.wte.weight = gpt.lm_head.weight
     if first_weights and job.weights_dir is not None:
         checkpoint.load_weights(gpt, job.weights_dir)
-    gpt.max_seq_length = job.length
-    apply_dropout(
-        gpt, attention=train.attention_dropout or 0.0, residual=train.residual_dropout or 0.0
-    )
-    apply_activation_checkpointing(gpt, train.activation_checkpointing or "none")
-    return LossModel(gpt, z_loss=train.z_loss or 0.0)
+    return gpt
+
+
+def _adapted_gpt(job: Job, fabric: Fabric) -> GPT:
+    """Build a model of which few parameters train; a resumed run's checkpoint has only these."""
+    assert job.adaptation is not None
+    assert job.weights_dir is not None
+    with fabric.init_module() if job.quantize else nullcontext():
+        return job.adaptation.build(job.config, job.weights_dir)
 
 
 def choose_micro_batch(
@@ -311,10 +341,13 @@ def place_model(job: Job, fabric: Fabric, model: LossModel) -> tuple[torch.nn.Mo
     else:
         module = fabric.setup_module(model)
         placed = [fabric.setup_optimizers(optimizer) for optimizer in optimizers()]
+    if model.teacher is not None:
+        model.teacher.place(fabric, sharded=bool(job.train.teacher_sharded))
     # Rotary tables stay float32: rounded to bf16 they would blur the later positions.
     model.gpt.cos, model.gpt.sin = cosine.to(fabric.device), sine.to(fabric.device)
     total = count_parameters(job.config, tie_embeddings=bool(job.train.tie_embeddings)).total
-    fabric.print(f"{job.config.name}: {total:,} parameters")
+    trained = f", {trained_parameters(model):,} of them trained" if job.adaptation else ""
+    fabric.print(f"{job.config.name}: {total:,} parameters{trained}")
     return module, placed
 
 
@@ -351,11 +384,24 @@ def take_up(
 # --------------------------------------------------------------------------------- side by side
 
 
+def weights_file(job: Job) -> str:
+    """Return the name of the file with the weights that a run trains."""
+    return job.adaptation.weights_file if job.adaptation else checkpoint.MODEL_FILE
+
+
 def side_files(job: Job) -> Callable[[Path], None]:
     """Return what writes a checkpoint's other files, those that make it LitGPT's."""
 
+    words = hub_config(job)
+
     def write(directory: Path) -> None:
-        save_config(job.config, directory)
+        if job.adaptation is None:
+            save_config(job.config, directory)
+        else:  # the base model's: the method's own fields are in hyperparameters.yaml
+            assert job.weights_dir is not None
+            shutil.copyfile(job.weights_dir / "model_config.yaml", directory / "model_config.yaml")
+        if words is not None:
+            (directory / "config.json").write_text(words, encoding="utf-8")
         for name in TOKENIZER_FILES if job.tokenizer_dir else ():
             if (job.tokenizer_dir / name).is_file():  # type: ignore[operator]
                 shutil.copyfile(job.tokenizer_dir / name, directory / name)  # type: ignore[operator]
@@ -364,6 +410,18 @@ def side_files(job: Job) -> Callable[[Path], None]:
             yaml.safe_dump(plain(job.arguments), file, sort_keys=False)
 
     return write
+
+
+def hub_config(job: Job) -> str | None:
+    """Return the config.json that transformers (and so `litgpt evaluate`) wants, or None for a
+    model that transformers does not have."""
+    from phi_lit.export.configuration import checkpoint_words
+
+    try:
+        words = checkpoint_words(job.config, job.weights_dir, job.tokenizer_dir)
+    except UserError:  # such as a mixture of experts: LitGPT alone computes it
+        return None
+    return json.dumps(words, indent=2) + "\n"
 
 
 def sampler(job: Job, fabric: Fabric, model: LossModel) -> Callable[[], str] | None:
@@ -389,7 +447,7 @@ def sample_text(
 
     encoded = tokenizer.encode(prompt, device=device)
     gpt.eval()
-    gpt.set_kv_cache(batch_size=1, device=device, dtype=gpt.lm_head.weight.dtype)
+    gpt.set_kv_cache(batch_size=1, device=device, dtype=gpt.transformer.wte.weight.dtype)
     try:
         # Every length would be compiled anew; for a few tokens that is the slow way.
         with torch.compiler.set_stance("force_eager"):

@@ -28,8 +28,8 @@ def apply_dropout(gpt: GPT, *, attention: float = 0.0, residual: float = 0.0) ->
     Args:
         gpt: LitGPT's model, of any architecture it knows.
         attention: share of the attention weights that is dropped.
-        residual: share of the attention's and the MLP's outputs that is dropped before each is
-            added to the residual stream.
+        residual: share of the attention's, the MLP's and (where they follow it) the experts'
+            outputs that is dropped before each is added to the residual stream.
 
     Raises:
         UserError: a share outside of [0, 1).
@@ -45,8 +45,9 @@ def apply_dropout(gpt: GPT, *, attention: float = 0.0, residual: float = 0.0) ->
         if attention:
             _drop_attention_weights(block.attn, attention)
         if residual:
-            for branch_end in ("post_attention_norm", "post_mlp_norm"):
-                _drop_output(block, branch_end, residual)
+            for branch_end in ("post_attention_norm", "post_mlp_norm", "post_moe_norm"):
+                if hasattr(block, branch_end):
+                    _drop_output(block, branch_end, residual)
 
 
 def _drop_output(block: nn.Module, branch_end: str, share: float) -> None:

@@ -54,6 +54,8 @@ class Layout:
     accumulates: bool = True
     """Gradients of earlier micro-batches are there while a later one runs."""
     tie_embeddings: bool = False
+    teacher_bytes: float = 0.0
+    """Weights of a distillation's teacher on a device."""
     device: Literal["cpu", "cuda"] = "cuda"
 
     @property
@@ -107,6 +109,8 @@ class Memory:
     """Gradients that the fused loss makes on the way, and the logits of a chunk."""
     kept: float
     """All that is there after the forward pass and was not before."""
+    teacher: float
+    """A distillation's teacher."""
     total: float
     """The peak."""
 
@@ -146,8 +150,17 @@ def layout_of(job: "Job", machine: "Machine", rows: int) -> Layout:
         cpu_offload=bool(arguments.get("cpu_offload")),
         accumulates=train.global_batch_size > rows * machine.world,
         tie_embeddings=bool(train.tie_embeddings),
+        teacher_bytes=_teacher_bytes(job, machine),
         device="cuda" if machine.kind == "cuda" else "cpu",
     )
+
+
+def _teacher_bytes(job: "Job", machine: "Machine") -> float:
+    if job.train.teacher is None:
+        return 0.0
+    from phi_lit.train.teacher import bytes_of
+
+    return bytes_of(job, machine)
 
 
 def resolve_strategy(
@@ -197,13 +210,13 @@ def predict(config: "Config", layout: Layout) -> Memory:
     retained = hidden + head
 
     waiting = gradients if layout.accumulates else 0.0
-    base = parameters + optimizer + gathered
+    base = parameters + optimizer + gathered + layout.teacher_bytes
     moments = {
         "loss": base + waiting + copies + kept + last + retained + chunk,
         "backward": base + waiting + gathered_gradients
         + kept_copies + kept + last + hidden + (0 if layout.accumulates else head) + working,
         "end of backward": base + gradients + gathered_gradients + working + kept / config.n_layer,
-        "optimizer": parameters + optimizer + gradients + _optimizer_temporary(count, layout),
+        "optimizer": base - gathered + gradients + _optimizer_temporary(count, layout),
     }  # fmt: skip
     return Memory(
         parameters=parameters,
@@ -215,6 +228,7 @@ def predict(config: "Config", layout: Layout) -> Memory:
         recomputed=working,
         loss=retained + chunk,
         kept=kept + last + kept_copies + retained,
+        teacher=layout.teacher_bytes,
         total=max(moments.values()),
     )
 

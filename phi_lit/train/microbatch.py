@@ -29,11 +29,13 @@ def refuse_what_cannot_fit(job: Job, machine: Machine, rows: int) -> None:
         room: float = torch.cuda.get_device_properties(0).total_memory
     else:
         room = psutil.virtual_memory().available / machine.devices
-    need = predict_memory(job, machine, rows).total
+    memory = predict_memory(job, machine, rows)
+    need = memory.total
     if need > CERTAIN * room:
+        beside = f" beside its teacher's {memory.teacher / 1e9:,.1f} GB" if memory.teacher else ""
         raise UserError(
-            f"a step of {rows} rows of {job.length} tokens of {job.config.name} needs about "
-            f"{need / 1e9:,.1f} GB on each device, and {room / 1e9:,.1f} GB are there; lower "
+            f"a step of {rows} rows of {job.length} tokens of {job.config.name}{beside} needs "
+            f"about {need / 1e9:,.1f} GB on each device, and {room / 1e9:,.1f} GB are there; lower "
             "train.micro_batch_size, set train.activation_checkpointing, or use strategy: fsdp on "
             "more devices (`phi-lit plan` shows the parts)"
         )
@@ -71,6 +73,8 @@ def fits(job: Job, machine: Machine, fabric: Fabric, model: LossModel, rows: int
     ids = torch.zeros(rows, job.length, dtype=torch.long, device=fabric.device)
     try:
         model.to(fabric.device)
+        if model.teacher is not None:
+            model.teacher.place(fabric)
         with fabric.autocast():
             model(ids, ids).backward()
         # The optimizer's two moments are not there yet.

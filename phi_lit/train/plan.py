@@ -442,6 +442,7 @@ def _memory_lines(run: Plan) -> list[str]:
         "activations": f"activations (checkpointing: {run.layout.checkpointing})",
         "recomputed": "one block's backward pass",
         "loss": "head and loss",
+        "teacher": "teacher",
     }
     lines = ["memory per GPU, GB (not all parts are there at the same time)"]
     for name, size in run.memory.parts().items():

@@ -1,0 +1,201 @@
+"""The experts of a layer in one operation, with gradients written by hand.
+
+Visits (a token at one of its experts) are sorted by expert, so that each expert's are one
+contiguous segment and its products are ordinary ones. What autograd would make of such a loop is
+avoided: a gradient of the whole stack per expert, a tensor of all visits' inputs and one of their
+outputs. A segment is gathered, multiplied and added where it belongs while it is in the caches.
+This is a registered operation, so compilers, FLOP counters, the meta device and selective
+checkpointing see one node with known shapes, however the tokens fall.
+
+Letters in tensor names: N tokens, D hidden size, E experts, K experts per token, S = N * K visits
+sorted by expert, F inner size, H what the first product gives: F, or 2 F where it is gated.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from extensions.phi_moe import pages
+from extensions.phi_moe.gemm import product
+
+ROWS = 1024
+"""Visits at a time: what they make of activations should not be larger than the caches."""
+
+
+def sort_visits(expert_NK: Tensor, load_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the visits in the order of their experts (S,), int64, and where segments end (E,).
+
+    Visit number n * K + k is token n at its k-th expert. The ends are int32.
+    """
+    return expert_NK.flatten().argsort(stable=True), load_E.cumsum(0).to(torch.int32)
+
+
+def activate(h: Tensor, activation: str) -> Tensor:
+    """Return the inner activations (.., F) of what the first product gave (.., H)."""
+    if activation == "swiglu":
+        gate, up = h.chunk(2, -1)
+        return F.silu(gate) * up
+    return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _activate_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
+    """Return the gradient of `h` from that of `activate(h)`."""
+    if activation == "swiglu":
+        gate, up = h.chunk(2, -1)
+        made = torch.empty_like(h)
+        first, second = made.chunk(2, -1)
+        first.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        torch.mul(grad, F.silu(gate), out=second)
+        return made
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(grad, h, approximate=approximate)
+
+
+def _pieces(end_E: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield (expert, its visits) for every expert that has some, at most `ROWS` at a time."""
+    start = 0
+    for expert, end in enumerate(end_E.tolist()):
+        while start < end:
+            stop = min(start + ROWS, end)
+            yield expert, slice(start, stop)
+            start = stop
+
+
+def _row(stack: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
+    return None if stack is None else stack[expert].to(dtype)
+
+
+@torch.library.custom_op("phi_moe::experts", mutates_args=())
+def experts(
+    x_ND: Tensor,
+    weight_NK: Tensor,
+    order_S: Tensor,
+    end_E: Tensor,
+    fc_EHD: Tensor,
+    fc_bias_EH: Tensor | None,
+    proj_EDF: Tensor,
+    proj_bias_ED: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum of each token's experts (N, D), and the first products (S, H).
+
+    Computes in the type of `x_ND`, whatever that of the parameters is; sums over experts are
+    taken in float32 at least.
+
+    Args:
+        x_ND: the tokens.
+        weight_NK: of each token's experts, in float32 at least.
+        order_S: from `sort_visits`.
+        end_E: likewise.
+        fc_EHD: first products' weights.
+        fc_bias_EH: their biases.
+        proj_EDF: last products' weights.
+        proj_bias_ED: their biases.
+        activation: "gelu", "gelu_tanh" or "swiglu".
+    """
+    kept, dtype = weight_NK.shape[1], x_ND.dtype
+    token_S, weight_S = order_S // kept, weight_NK.flatten()[order_S]
+    y_ND = x_ND.new_zeros(x_ND.shape, dtype=weight_NK.dtype)
+    h_SH = pages.empty(x_ND, (len(order_S), fc_EHD.shape[1]))
+    for expert, visits in _pieces(end_E):
+        token = token_S[visits]
+        h = product(x_ND[token], fc_EHD[expert].to(dtype), _row(fc_bias_EH, expert, dtype))
+        h_SH[visits] = h
+        proj, proj_bias = proj_EDF[expert].to(dtype), _row(proj_bias_ED, expert, dtype)
+        y = product(activate(h, activation), proj, proj_bias)
+        y_ND.index_add_(0, token, y * weight_S[visits, None])
+    return y_ND.to(dtype), h_SH
+
+
+@experts.register_fake
+def _(x_ND, weight_NK, order_S, end_E, fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED, activation):  # type: ignore[no-untyped-def]
+    return x_ND.new_empty(x_ND.shape), x_ND.new_empty((order_S.shape[0], fc_EHD.shape[1]))
+
+
+@torch.library.custom_op("phi_moe::experts_backward", mutates_args=())
+def experts_backward(
+    grad_ND: Tensor,
+    x_ND: Tensor,
+    weight_NK: Tensor,
+    order_S: Tensor,
+    end_E: Tensor,
+    fc_EHD: Tensor,
+    fc_bias_EH: Tensor | None,
+    proj_EDF: Tensor,
+    proj_bias_ED: Tensor | None,
+    h_SH: Tensor,
+    activation: str,
+    trains: bool,
+) -> list[Tensor]:
+    """Return the gradients of tokens, weights and, if `trains`, of the four stacks in order.
+
+    Without a bias its gradient is left out. Experts that nobody visited get zeros.
+    """
+    kept, dtype = weight_NK.shape[1], x_ND.dtype
+    token_S, weight_S = order_S // kept, weight_NK.flatten()[order_S]
+    x_grad = x_ND.new_zeros(x_ND.shape, dtype=weight_NK.dtype)
+    weight_grad_S = torch.empty_like(weight_S)
+    stacks = (fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED)
+    grads = [None if s is None or not trains else pages.empty(s, s.shape) for s in stacks]
+    for expert, count in enumerate(end_E.diff(prepend=end_E.new_zeros(1)).tolist()):
+        for grad in grads:
+            if grad is not None and not count:
+                grad[expert].zero_()
+    before = -1
+    for expert, visits in _pieces(end_E):
+        token, weight = token_S[visits], weight_S[visits, None]
+        grad, h = grad_ND[token], h_SH[visits]
+        a = activate(h, activation)
+        inner = product(grad, proj_EDF[expert].to(dtype).t())
+        visit_grad = (inner.to(weight.dtype) * a).sum(1)
+        if proj_bias_ED is not None:
+            visit_grad += torch.mv(grad, proj_bias_ED[expert].to(dtype))
+        weight_grad_S[visits] = visit_grad
+        grad = (grad * weight).to(dtype)
+        h_grad = _activate_backward((inner * weight).to(dtype), h, activation)
+        if trains:
+            put = Tensor.copy_ if expert != before else Tensor.add_
+            fc, fc_bias, proj, proj_bias = grads
+            put(fc[expert], product(h_grad.t(), x_ND[token].t()))
+            put(proj[expert], product(grad.t(), a.t()))
+            if fc_bias is not None:
+                put(fc_bias[expert], h_grad.sum(0))
+                put(proj_bias[expert], grad.sum(0))
+        before = expert
+        x_grad.index_add_(0, token, product(h_grad, fc_EHD[expert].to(dtype).t()).to(x_grad.dtype))
+    weight_grad_NK = torch.empty_like(weight_S)
+    weight_grad_NK[order_S] = weight_grad_S
+    return [
+        x_grad.to(dtype),
+        weight_grad_NK.view_as(weight_NK),
+        *(grad for grad in grads if grad is not None),
+    ]
+
+
+@experts_backward.register_fake
+def _(
+    grad_ND, x_ND, weight_NK, order_S, end_E, fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED, h_SH,
+    activation, trains,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    stacks = [s for s in (fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED) if s is not None and trains]
+    return [t.new_empty(t.shape) for t in (x_ND, weight_NK, *stacks)]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx: Any, grad_ND: Tensor, _h: Tensor) -> tuple:
+    *tensors, h_SH = ctx.saved_tensors
+    trains = any(ctx.needs_input_grad[4:8])
+    made = iter(experts_backward(grad_ND, *tensors, h_SH, ctx.activation, trains))
+    x_grad, weight_grad = next(made), next(made)
+    stack_grads = [next(made) if trains and stack is not None else None for stack in tensors[4:8]]
+    return x_grad, weight_grad, None, None, *stack_grads, None
+
+
+experts.register_autograd(_backward, setup_context=_setup_context)
