@@ -70,8 +70,6 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
 
     model = build_model(job, fabric, first_weights=resume_dir is None)
     model.teacher = teachers.open_teacher(job, machine)
-    micro_batch = choose_micro_batch(job, machine, fabric, model, resume_dir)
-    course = plan_course(job, course.rows_per_epoch, micro_batch * fabric.world_size)
     compiled = decide_compile(job, machine, fabric, course, resume_dir)
     if compiled:
         options = compile_options(machine)
@@ -79,6 +77,8 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
         if model.teacher is not None:
             compile_blocks(model.teacher.gpt, **options)
     module, optimizers = place_model(job, fabric, model)
+    micro_batch = choose_micro_batch(job, machine, fabric, module, resume_dir)
+    course = plan_course(job, course.rows_per_epoch, micro_batch * fabric.world_size)
     peaks = [[group["lr"] for group in each.param_groups] for each in optimizers]
     place = Place()
     if resume_dir is not None and manifest is not None:
@@ -263,7 +263,7 @@ def _adapted_gpt(job: Job, fabric: Fabric) -> GPT:
 
 
 def choose_micro_batch(
-    job: Job, machine: Machine, fabric: Fabric, model: LossModel, resume_dir: Path | None
+    job: Job, machine: Machine, fabric: Fabric, module: torch.nn.Module, resume_dir: Path | None
 ) -> int:
     """Return the rows per forward pass: as given, as in the resumed run, or as many as fit."""
     given = job.train.micro_batch_size
@@ -273,7 +273,7 @@ def choose_micro_batch(
         saved = checkpoint.load_file(resume_dir / checkpoint.STATE_FILE)["micro_batch_size"]
         if job.train.global_batch_size % (saved * fabric.world_size) == 0:
             return saved
-    chosen = largest_micro_batch(job, machine, fabric, model)
+    chosen = largest_micro_batch(job, machine, fabric, module)
     fabric.print(f"micro_batch_size: {chosen} rows per forward pass and rank")
     return chosen
 
