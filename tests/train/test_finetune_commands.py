@@ -294,7 +294,7 @@ def test_what_cannot_be_is_told_in_one_line(
     assert "train.attention_dropout does not reach" in text
     assert "tie_embeddings" in text
     assert "LoRA is asked for nowhere" in said("lora", lora_query=False, lora_value=False)
-    assert "there is no directory" in said("lora", checkpoint_dir=str(tmp_path / "none"))
+    assert "does not exist" in said("lora", checkpoint_dir=str(tmp_path / "none"))
     assert "precision bf16-mixed cannot be" in said(
         "lora", quantize="bnb.nf4", precision="bf16-mixed"
     )
@@ -303,6 +303,7 @@ def test_what_cannot_be_is_told_in_one_line(
     (sharded / "checkpoint.json").write_text(
         json.dumps({"format": 1, "step": 1, "files": {}, "sharded": True})
     )
+    (sharded / "shard-00000-of-00002.pth").touch()
     assert "phi-lit consolidate" in said("lora", checkpoint_dir=str(sharded))
 
 
