@@ -254,6 +254,27 @@ def test_models_with_experts_are_adapted_too(
         assert not any("wte" in name or "norm" in name for name in moved)
 
 
+@pytest.mark.parametrize("kind", ["CodeExercises", "Instruct"])
+def test_our_examples_train_lora_packed(
+    tmp_path: Path, finetune: Callable[..., Path], kind: str
+) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(
+        "\n".join(
+            json.dumps({"prompt": f"def f{n}(x):\n", "response": "    return x" + " + 1" * (n % 5)})
+            for n in range(60)
+        )
+    )
+    source = {"path": str(path), "prompt": "prompt", "answer": "response"}
+    mode = {"mode": "sft"} if kind == "CodeExercises" else {"prompt_style": "default"}
+    data = {
+        "class_path": kind,
+        "init_args": {"sources": [source], "data_dir": str(tmp_path / "data"), **mode},
+    }
+    out = finetune("lora", tmp_path / "out", data=data, train={"pack": True, "max_steps": 6})
+    assert losses(out)[-1] < losses(out)[0]
+
+
 def test_flat_arrays_of_code_train_lora_too(
     tmp_path: Path, finetune: Callable[..., Path], corpus: Path
 ) -> None:
