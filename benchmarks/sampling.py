@@ -333,7 +333,7 @@ def measure_all(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
              runner.failed or "")
         )  # fmt: skip
     columns = ["", "ms per completion", "tokens/s"]
-    columns += [f"x {by.name.split(',')[0]}" for by in runners[:4] if "ours" not in by.name]
+    columns += [f"x {by.name.rpartition(',')[0]}" for by in runners[:4] if "ours" not in by.name]
     print_table([*columns, ""], rows)
     return {r.name: dict(seconds=r.times, failed=r.failed) for r in runners}
 

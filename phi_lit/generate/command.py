@@ -20,16 +20,12 @@ from phi_lit.generate.loading import (
     open_checkpoint,
 )
 from phi_lit.generate.prompts import Prompt, read_prompts
+from phi_lit.generate.request import encode_prompts, setting_faults
 from phi_lit.generate.results import open_results, to_line
-from phi_lit.generate.sampler import (
-    Completion,
-    Sampler,
-    encode_prompts,
-    raise_faults,
-    setting_faults,
-)
+from phi_lit.generate.sampler import Completion, Sampler
 from phi_lit.generate.sampling import Sampling
 from phi_lit.progress import progress
+from phi_lit.train.args import raise_together
 
 
 def generate(
@@ -86,7 +82,7 @@ def generate(
     faults = setting_faults(samples, max_new_tokens, sampling, stops)
     if batch_size != "auto" and batch_size < 1:
         faults.append(f"batch_size is {batch_size}; choose at least 1, or auto")
-    raise_faults(faults)
+    raise_together(faults)
     precision = choose_precision(precision)
     _check_quantize(quantize)
     found = read_prompts(prompts, prompt)
