@@ -60,8 +60,8 @@ class BitsandbytesPrecision(Precision):
         """Quantize the linear layers of a model that was built elsewhere, unless they are."""
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
-                if hasattr(child, "as_linears"):
-                    setattr(parent, name, child.as_linears())
+                if (split := _split(child)) is not None:
+                    setattr(parent, name, split)
         return self._convert_linears(module)
 
     def module_init_context(self) -> AbstractContextManager:
@@ -186,6 +186,10 @@ class OnLoad(nn.Module):
         """Put a quantized copy of `weight` (out_features, in_features) in this layer's place."""
         raise NotImplementedError
 
+    def forget_weight(self) -> None:
+        """Let go of the weight: put memory in its place that nobody has written to."""
+        raise NotImplementedError
+
     def reset_parameters(self) -> None:
         """Leave the memory alone: whatever was written here would be loaded over."""
 
@@ -222,32 +226,30 @@ def cpu_linear(mode: str, dtype: torch.dtype) -> type[OnLoad]:
     bnb: Any = import_bitsandbytes()
     fast = bnb.functional.has_avx512bf16()
 
+    bits, _, suffix = mode.partition("-")
+    nested = suffix == "dq"
+
     class Linear4bit(OnLoad, bnb.nn.Linear4bit):  # type: ignore[name-defined]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            bits, _, nested = mode.partition("-")
-            super().__init__(
-                *args,
-                **kwargs,
-                compute_dtype=dtype,
-                compress_statistics=nested == "dq",
-                quant_type=bits,
-            )
-            self.weight.bnb_quantized = True  # nothing to quantize when it is moved, before loading
+            how = {"compute_dtype": dtype, "compress_statistics": nested, "quant_type": bits}
+            super().__init__(*args, **kwargs, **how)
+            self.forget_weight()
             # the fused kernel takes 32 rows at a time, and blocks of 64 that end with a row
             self.packs = fast and self.out_features % 32 == 0 and self.in_features % 64 == 0
 
+        def forget_weight(self) -> None:
+            self._hold(torch.empty(self.out_features, self.in_features, device="cpu"), None)
+
         def quantize_(self, weight: Tensor) -> None:
-            like = self.weight
-            packed, state = _quantize_4bit(weight, like.quant_type, like.compress_statistics)
+            packed, state = _quantize_4bit(weight, bits, nested)
             state.dtype = dtype  # dequantised straight to what is computed in
+            self._hold(packed, state)
+
+        def _hold(self, data: Tensor, state: Any) -> None:
+            how = {"compress_statistics": nested, "quant_type": bits, "module": self}
+            # quantized or not: what moves the layer must not quantize
             self.weight = bnb.nn.Params4bit(
-                packed,
-                requires_grad=False,
-                quant_state=state,
-                compress_statistics=like.compress_statistics,
-                quant_type=like.quant_type,
-                module=self,
-                bnb_quantized=True,
+                data, requires_grad=False, quant_state=state, bnb_quantized=True, **how
             )
             self.quant_state = state
 
@@ -259,16 +261,22 @@ def cpu_linear(mode: str, dtype: torch.dtype) -> type[OnLoad]:
     class Linear8bit(OnLoad, bnb.nn.Linear8bitLt):  # type: ignore[name-defined]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs, has_fp16_weights=False, threshold=OUTLIER)
+            self.forget_weight()
+
+        def forget_weight(self) -> None:
             shape = (self.out_features, self.in_features)
-            codes = torch.empty(shape, dtype=torch.int8)
-            self.weight = bnb.nn.Int8Params(codes, requires_grad=False)
+            self._hold(torch.empty(shape, dtype=torch.int8, device="cpu"), None)
 
         def quantize_(self, weight: Tensor) -> None:
-            self.state.CB = self.state.SCB = None
             pieces = weight.data.split(max(1, PIECE // self.in_features))
             done = [bnb.functional.int8_vectorwise_quant(rows.half())[:2] for rows in pieces]
             codes, scales = map(torch.cat, zip(*done, strict=True))
-            self.weight = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
+            self._hold(codes, scales)
+
+        def _hold(self, codes: Tensor, scales: Tensor | None) -> None:
+            self.state.CB = self.state.SCB = None
+            loaded = {} if scales is None else {"CB": codes, "SCB": scales}
+            self.weight = bnb.nn.Int8Params(codes, requires_grad=False, **loaded)
 
     return Linear8bit if mode == "int8" else Linear4bit
 
@@ -297,8 +305,19 @@ def _quantize_4bit(weight: Tensor, kind: str, nested: bool) -> tuple[Tensor, Any
 
 def _split_stacked(module: nn.Module, name: str, child: nn.Module | None) -> nn.Module | None:
     """Put a module's `as_linears()` in its place as it is given to its parent."""
-    split = getattr(child, "as_linears", None)
-    return split() if split is not None else None
+    split = _split(child)
+    for layer in split.modules() if split is not None else ():
+        if isinstance(layer, OnLoad):  # until now a slice of the stack, which may go now
+            layer.forget_weight()
+    return split
+
+
+def _split(module: nn.Module | None) -> nn.Module | None:
+    """Return a module's `as_linears()` if it has one and still keeps a stack."""
+    split = getattr(module, "as_linears", None)
+    if split is None or module is None or next(module.parameters(recurse=False), None) is None:
+        return None
+    return split()
 
 
 def _convert(module: nn.Module, layer: type[OnLoad], ignored: set[str], prefix: str = "") -> None:

@@ -25,13 +25,18 @@ def test_stock_is_litgpts_own_and_ours_is_in_its_place(seam):
     original = stock(seam.name)
     module = __import__(seam.module, fromlist=["x"])
     now = seams._original(seams._find(module, seam)[2])
-    if seam.signature in ("list", "dict"):
+    replacement = seams._load(seam.replacement)
+    if seam.signature == seams.ABSENT:
+        assert original is None
+        assert now is replacement
+    elif seam.signature in ("list", "dict") and callable(replacement):
+        assert now == {**original, **replacement(original)} != original
+    elif seam.signature in ("list", "dict"):
         assert len(now) == len(original) + len(MODELS)
     else:
         mended_twice = seam.replacement == "phi_lit.mends:load_weights"
         theirs = "phi_lit.tensors" if mended_twice else ("litgpt.", "lightning.")
         assert original.__module__.startswith(theirs)
-        replacement = seams._load(seam.replacement)
         assert (now.__wrapped__ is original) if seam.wraps else (now is replacement)
 
 

@@ -7,15 +7,19 @@ recorded is said to be unknown, never guessed. The words around it are in `card.
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from phi_lit.errors import UserError
 from phi_lit.train.checkpoint import MANIFEST
 from phi_lit.train.monitor import read_record
+
+if TYPE_CHECKING:
+    from phi_lit.data.sources import Source
 
 HYPERPARAMETERS = "hyperparameters.yaml"
 SECRETS = ("access_token",)
@@ -135,7 +139,7 @@ def _add_data(facts: Facts) -> None:
     if arguments.get("store"):
         _add_store(facts, Path(arguments["store"]).expanduser() / "manifest.json")
     elif "sources" in arguments:
-        _add_sources(facts, arguments["sources"], str(data.get("class_path")))
+        _add_sources(facts, arguments["sources"])
     if not facts.data:
         name = str(data.get("class_path", "unknown")).rpartition(".")[2]
         where = arguments.get("json_path") or arguments.get("repo_id") or ""
@@ -148,17 +152,20 @@ def _add_store(facts: Facts, manifest: Path) -> None:
             facts.data.append(f"{source['name']}: licence {source['licence'] or 'not stated'}")
 
 
-def _add_sources(facts: Facts, written: Any, module: str) -> None:
-    from phi_lit.data.examples import ExampleSource
-    from phi_lit.data.sources import Source, open_sources
-
-    of_examples = module.endswith(("CodeExercises", "Instruct"))
-    kind: type[Source] = ExampleSource if of_examples else Source
-    try:
-        sources = open_sources(written, kind)
-    except UserError:  # a recipe of another version: its text is in the card all the same
-        return
-    for source in sources:
+def _add_sources(facts: Facts, written: Any) -> None:
+    for source in _open(written):
         facts.data.append(source.licence_line())
         if source.hub is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", source.hub):
             facts.hub_datasets.append(source.hub)
+
+
+def _open(written: Any) -> "list[Source]":
+    """Open a recipe's sources, of texts or of examples; none where it is another version's (its
+    text is in the card all the same)."""
+    from phi_lit.data.examples import ExampleSource
+    from phi_lit.data.sources import Source, open_sources
+
+    for kind in (Source, ExampleSource):
+        with suppress(UserError):
+            return open_sources(written, kind)
+    return []

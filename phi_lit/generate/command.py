@@ -34,15 +34,15 @@ from phi_lit.progress import progress
 
 def generate(
     checkpoint_dir: Path,
-    prompts: str | None = None,
-    prompt: str | None = None,
+    prompts: str = "",
+    prompt: str = "",
     samples: int = 1,
     max_new_tokens: int = 256,
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float = 1.0,
     filter_thres: float | None = None,
-    stop: list[str] | str | None = None,
+    stop: list[str] | str = "",
     ignore_eos: bool = False,
     prompt_style: str | None = None,
     seed: int = 0,
@@ -81,7 +81,7 @@ def generate(
         out: The file to write, one completion per line, sorted when it is finished. A file begun
             with the same settings is gone on with. Without it, standard output, as they finish.
     """
-    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    stops = _stops(stop)
     sampling = Sampling(temperature, top_k, top_p, filter_thres)
     faults = setting_faults(samples, max_new_tokens, sampling, stops)
     if batch_size != "auto" and batch_size < 1:
@@ -96,7 +96,7 @@ def generate(
     encode_prompts(
         checkpoint.tokenizer, texts, checkpoint.config.block_size, [one.name for one in found]
     )
-    check_room(checkpoint, precision, quantize)
+    pack = check_room(checkpoint, precision, quantize)
     settings = {
         "samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature,
         "top_k": top_k, "top_p": top_p, "filter_thres": filter_thres, "stop": stops,
@@ -106,9 +106,8 @@ def generate(
 
     def work(done: Collection[tuple[int, int]]) -> Iterator[Completion]:
         model = load_model(checkpoint, precision, quantize)
-        sampler = Sampler(
-            model, checkpoint.tokenizer, batch_size=None if batch_size == "auto" else batch_size
-        )
+        rows = None if batch_size == "auto" else batch_size
+        sampler = Sampler(model, checkpoint.tokenizer, batch_size=rows, pack=pack)
         del model  # the sampler has laid its weights out anew
         return sampler.sample(
             texts, samples=samples, max_new_tokens=max_new_tokens, sampling=sampling, stop=stops,
@@ -124,6 +123,19 @@ def generate(
             _write_all(work(frozenset(results.done)), found, total, len(results.done), results.add)
         results.finish()
     print(f"{out}: {total:,} completions of {len(found):,} prompts", file=sys.stderr)
+
+
+def _stops(stop: list[str] | str) -> list[str]:
+    """Return the stop strings; warn of a backslash where a newline was meant."""
+    stops = [text for text in ([stop] if isinstance(stop, str) else stop) if text]
+    for text in stops:
+        if "\\n" in text:
+            print(
+                f"phi_lit: note: the stop string {text} holds a backslash and an n, not a newline. "
+                "A newline is written --stop '[\"\\ndef\"]'.",
+                file=sys.stderr,
+            )
+    return stops
 
 
 def _check_quantize(quantize: str | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from lightning import Fabric
 from litgpt.config import Config
 from litgpt.model import GPT
-from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style, prompt_styles
+from litgpt.prompts import Default, PromptStyle, has_prompt_style, load_prompt_style, prompt_styles
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import (
     check_valid_checkpoint_dir,
@@ -42,7 +42,13 @@ class Checkpoint:
     tokenizer: Tokenizer
 
     def prompt_style(self, name: str | None) -> PromptStyle:
-        """Return LitGPT's prompt style of that name, or the checkpoint's own."""
+        """Return LitGPT's prompt style of that name, or the checkpoint's own.
+
+        Raises:
+            UserError: LitGPT has no such style.
+        """
+        if name == "default":
+            return Default()
         if name is not None:
             if name not in prompt_styles:
                 near = did_you_mean(name, prompt_styles)
@@ -106,14 +112,19 @@ def choose_precision(precision: str | None) -> str:
     return precision
 
 
-def check_room(checkpoint: Checkpoint, precision: str, quantize: str | None) -> None:
-    """Raise a `UserError` where the weights alone do not fit into the memory that is free."""
+def check_room(checkpoint: Checkpoint, precision: str, quantize: str | None) -> bool:
+    """Hold the weights' size against the memory that is free.
+
+    Returns:
+        Whether there is room for a second copy of them, laid out for faster products.
+
+    Raises:
+        UserError: there is not even room for one.
+    """
     with torch.device("meta"):
         count = sum(p.numel() for p in GPT(checkpoint.config).parameters())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    each = DTYPES[precision].itemsize
-    # On a CPU the weights are there twice for the moment in which they are laid out anew.
-    needed = count * (0.5 if quantize else each)
+    needed = count * (0.5 if quantize else DTYPES[precision].itemsize)
     free = free_bytes(device)
     if needed > free:
         raise UserError(
@@ -121,6 +132,7 @@ def check_room(checkpoint: Checkpoint, precision: str, quantize: str | None) -> 
             f"{quantize or precision}, {free / 1e9:,.1f} GB are free; choose precision bf16-true "
             "or quantize bnb.nf4"
         )
+    return 2 * needed < free
 
 
 def load_model(checkpoint: Checkpoint, precision: str, quantize: str | None = None) -> GPT:

@@ -33,25 +33,25 @@ class Prompt:
     """What else its line holds (a `task_id`, say); goes into its completions' lines."""
 
 
-def read_prompts(prompts: str | None, prompt: str | None) -> list[Prompt]:
+def read_prompts(prompts: str, prompt: str = "") -> list[Prompt]:
     """Return the prompts of a command.
 
     Args:
-        prompts: a file's name, or `-` for standard input.
-        prompt: one text.
+        prompts: a file's name, or `-` for standard input; empty for none.
+        prompt: one text; empty for none.
 
     Raises:
         UserError: both or none are given, the file cannot be read, or lines in it are no prompts.
     """
-    if (prompts is None) == (prompt is None):
+    if bool(prompts) == bool(prompt):
         raise UserError(
-            "give either --prompts FILE (or - for standard input) or --prompt TEXT, one of them"
+            "give either --prompts FILE (- for standard input) or --prompt TEXT, one of them, and "
+            "not empty"
         )
-    if prompt is not None:
+    if prompt:
         found, faults = _checked([Prompt(prompt, "the prompt")])
         _raise("--prompt", faults)
         return found
-    assert prompts is not None
     name = "standard input" if prompts == "-" else prompts
     lines = _read(prompts).removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines and not lines[-1]:

@@ -78,8 +78,8 @@ class Sampler:
     """Samples from one of LitGPT's models.
 
     Args:
-        model: the model with its weights, quantized or not, on its device; it stays as it is. Its
-            `max_seq_length` is the longest prompt and completion together.
+        model: the model on its device, quantized or not; its weights are taken as they are now, and
+            it stays as it is. Its `max_seq_length` is the longest prompt and completion together.
         tokenizer: the model's tokenizer.
         batch_size: most samples at a time; by default as many as pay and fit into memory.
         pack: on a CPU, lay out the weights for faster products: costs a second copy of them, or
@@ -96,6 +96,7 @@ class Sampler:
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; choose at least 1, or auto")
+        model = getattr(model, "module", model)  # what Fabric wraps
         self.config, self.max_seq_length = model.config, model.max_seq_length
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.cache = Cache()

@@ -22,6 +22,9 @@ Checkpointing = Literal["none", "selective", "full"]
 _CPU_TILE, _CPU_ROWS = 24 << 20, 4 << 20
 """What `head_cpu.py` holds beside its buffer: a tile of logits, and some rows of it in float32."""
 
+_BYTES_OF_4_BITS = 0.6
+"""Of a weight with its scale; what stays unquantized (the embedding) is small beside the rest."""
+
 _GATHERED_BLOCKS = 3
 """Blocks that FSDP holds whole at a time: the one at work, the next one, its gather buffer."""
 
@@ -54,6 +57,10 @@ class Layout:
     accumulates: bool = True
     """Gradients of earlier micro-batches are there while a later one runs."""
     tie_embeddings: bool = False
+    frozen: bool = False
+    """Few parameters train: next to no gradients and optimizer state, none of the head's."""
+    quantized: bool = False
+    """Linear layers hold 4 bits per weight."""
     teacher_bytes: float = 0.0
     """Weights of a distillation's teacher on a device."""
     device: Literal["cpu", "cuda"] = "cuda"
@@ -150,6 +157,8 @@ def layout_of(job: "Job", machine: "Machine", rows: int) -> Layout:
         cpu_offload=bool(arguments.get("cpu_offload")),
         accumulates=train.global_batch_size > rows * machine.world,
         tie_embeddings=bool(train.tie_embeddings),
+        frozen=job.adaptation is not None,
+        quantized=bool(job.quantize),
         teacher_bytes=_teacher_bytes(job, machine),
         device="cuda" if machine.kind == "cuda" else "cpu",
     )
@@ -266,6 +275,9 @@ def _states(count: ParameterCount, layout: Layout) -> tuple[float, float, float]
     """Return bytes of (parameters, gradients, optimizer state) on the device."""
     state = count.total * state_bytes_per_parameter(count, layout)
     size = float(count.total * layout.parameter_bytes)
+    if layout.frozen:
+        size *= _BYTES_OF_4_BITS / layout.parameter_bytes if layout.quantized else 1
+        return size / (layout.ranks if layout.strategy == "fsdp" else 1), 0.0, 0.0
     if layout.strategy == "deepspeed":
         return _deepspeed_states(count, layout)
     if layout.strategy == "fsdp":
@@ -457,7 +469,7 @@ def _loss(config: "Config", layout: Layout) -> tuple[float, float, float]:
 
     rows = min(chunk_rows(v, layout.device), n)
     copies = (n + v) * d * s if layout.mixed else 0  # hidden states and weight, in half precision
-    weight_grad = 4.0 * v * d
+    weight_grad = 0.0 if layout.frozen else 4.0 * v * d
     if layout.device == "cpu":  # at the end of `head_cpu.py` the weight's gradient is there twice
         tiles = min(_CPU_TILE, 4 * rows * v) * s / 4 + (0 if s == 4 else _CPU_ROWS)
         chunk = copies + max(rows * v * s + tiles, weight_grad)
