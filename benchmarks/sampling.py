@@ -107,6 +107,7 @@ class LitGPT:
 
     def _ids(self, prompt: str, new: int, rows: int) -> Any:
         ids = self.tokenizer.encode(prompt)
+        self.gpt.clear_kv_cache()  # LitGPT warns of one that is too short
         self.gpt.max_seq_length = len(ids) + new
         self.gpt.set_kv_cache(batch_size=rows)
         return ids

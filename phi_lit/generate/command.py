@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from phi_lit.errors import UserError
+from phi_lit.checks import check_inference
 from phi_lit.generate.loading import (
-    check_room,
     choose_precision,
+    has_room_twice,
     load_model,
     open_checkpoint,
 )
@@ -84,7 +84,9 @@ def generate(
         faults.append(f"batch_size is {batch_size}; choose at least 1, or auto")
     raise_together(faults)
     precision = choose_precision(precision)
-    _check_quantize(quantize)
+    check_inference(
+        checkpoint_dir, quantize=quantize, precision=precision, max_new_tokens=max_new_tokens
+    )
     found = read_prompts(prompts, prompt)
     checkpoint = open_checkpoint(checkpoint_dir)
     style = checkpoint.prompt_style(prompt_style)
@@ -92,7 +94,7 @@ def generate(
     encode_prompts(
         checkpoint.tokenizer, texts, checkpoint.config.block_size, [one.name for one in found]
     )
-    pack = check_room(checkpoint, precision, quantize)
+    pack = has_room_twice(checkpoint, precision, quantize)
     settings = {
         "samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature,
         "top_k": top_k, "top_p": top_p, "filter_thres": filter_thres, "stop": stops,
@@ -132,18 +134,6 @@ def _stops(stop: list[str] | str) -> list[str]:
                 file=sys.stderr,
             )
     return stops
-
-
-def _check_quantize(quantize: str | None) -> None:
-    """Raise a `UserError` where bitsandbytes has no such mode, or is not there."""
-    if quantize is None:
-        return
-    from phi_lit.quantize import check_mode, import_bitsandbytes
-
-    if not quantize.startswith("bnb."):
-        raise UserError(f"quantize is {quantize!r}; choose bnb.nf4, bnb.int8 or another of bnb's")
-    check_mode(quantize.removeprefix("bnb."))
-    import_bitsandbytes()
 
 
 def _hash(found: list[Prompt], texts: list[str]) -> str:
