@@ -1,8 +1,9 @@
 """What a mixture of experts saves for its backward pass, in bytes per token of an average layer.
 
-Belongs to `activations.py`; the layer is `extensions/phi_moe`. On a CPU its experts are one operation
-that keeps the first products alone; on a GPU they are PyTorch's grouped products with everything
-between them. Letters: D hidden size, F inner size of an expert, K experts kept, E experts.
+Belongs to `activations.py`; the layer is `extensions/phi_moe`. On a CPU its experts are one
+operation that keeps the first products alone; on a GPU they are PyTorch's grouped products with
+everything between them. Letters: D hidden size, F inner size of an expert, K experts kept, E
+experts.
 """
 
 from typing import TYPE_CHECKING
