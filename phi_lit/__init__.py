@@ -11,7 +11,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CodeExercises": "phi_lit.data.exercises",
     "CodeTextbook": "phi_lit.data.textbook",
+    "Instruct": "phi_lit.data.instruct",
     "MODELS": "phi_lit.registry",
     "TokenStore": "phi_lit.data.tokens",
     "UserError": "phi_lit.errors",

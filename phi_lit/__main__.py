@@ -1,15 +1,19 @@
 """`phi-lit` and `python -m phi_lit`: our own commands; any other word of LitGPT's goes to LitGPT.
 
-LitGPT's words work here even where `TORCH_DEVICE_BACKEND_AUTOLOAD=0` keeps plain `litgpt` from
-knowing us. A command's module is imported when the command runs, so that the overview is instant:
-its lines are read from the source of the commands, not from the imported functions.
+`phi-lit generate` is ours, `litgpt generate` stays LitGPT's. LitGPT's words work here even where
+`TORCH_DEVICE_BACKEND_AUTOLOAD=0` keeps plain `litgpt` from knowing us. A command's module is
+imported when the command runs, so that the overview is instant: its lines are read from the source
+of the commands, not from the imported functions.
 """
 
 import ast
 import sys
+from collections.abc import Callable
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
+from typing import get_origin, get_type_hints
 
 from phi_lit import __version__
 from phi_lit.autoload import hook_litgpt
@@ -20,8 +24,15 @@ COMMANDS = {
     "prepare": "phi_lit.data.prepare:prepare",
     "tokenizer train": "phi_lit.data.tokenizer:train",
     "tokenizer codegen": "phi_lit.data.tokenizer:codegen",
+    "tokenizer pad": "phi_lit.data.padding:pad",
+    "generate": "phi_lit.generate.command:generate",
+    "import-gguf": "phi_lit.gguf:import_gguf",
     "plan": "phi_lit.train.plan:plan",
+    "upcycle": "phi_lit.upcycle:upcycle",
+    "resize": "phi_lit.train.resize:resize",
+    "stages": "phi_lit.stages:stages",
     "consolidate": "phi_lit.train.checkpoint:consolidate",
+    "export": "phi_lit.export.command:export",
     "configs": "phi_lit.configs:configs",
 }
 """Our commands, one word or two, and the function behind each as `module:function`."""
@@ -60,7 +71,7 @@ def overview() -> str:
     width = max(map(len, COMMANDS)) + 2
     ours = [f"  {name:<{width}}{first_line(place)}" for name, place in COMMANDS.items()]
     theirs, line = [], " "
-    for word in LITGPT_COMMANDS:
+    for word in (word for word in LITGPT_COMMANDS if word not in COMMANDS):
         if len(line) + len(word) > 96:
             theirs.append(line)
             line = " "
@@ -104,7 +115,16 @@ def _run(command: str, arguments: list[str]) -> None:
     )
     module, _, name = COMMANDS[command].partition(":")
     function = getattr(import_module(module), name)
-    CLI(function, args=arguments, prog=f"phi-lit {command}")
+    CLI(function, args=_gathered(function, arguments), prog=f"phi-lit {command}")
+
+
+def _gathered(function: Callable[..., None], arguments: list[str]) -> list[str]:
+    """Write `a b --x 1` as jsonargparse wants it where the first thing is a list: `[a,b] --x 1`."""
+    first = next(iter(get_type_hints(function).values()))
+    words = list(takewhile(lambda word: not word.startswith(("-", "[")), arguments))
+    if get_origin(first) is not list or not words:
+        return arguments
+    return [f"[{','.join(words)}]", *arguments[len(words) :]]
 
 
 def _explain(words: list[str]) -> int:

@@ -7,6 +7,7 @@ here: a replacement is loaded together with the module it goes into.
 """
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -58,12 +59,60 @@ class Seam:
     is given LitGPT's dict and returns what changes in it."""
     why: str
     """What LitGPT cannot do without it."""
+    wraps: bool = False
+    """Whether the replacement is a function that is given LitGPT's and returns what takes its
+    place (with the same signature)."""
+    after: str = ""
+    """The module after whose import the seam is applied, where that is not `module`: one that
+    imports torch, and thereby us, before it is whole itself."""
 
     @property
     def name(self) -> str:
         """The attribute's full name, by which `stock` finds it."""
         return f"{self.module}.{self.attribute}"
 
+
+BITSANDBYTES_USERS = (
+    "litgpt.chat.base", "litgpt.generate.base", "litgpt.generate.full", "litgpt.generate.adapter",
+    "litgpt.generate.adapter_v2", "litgpt.generate.sequentially", "litgpt.generate.tp",
+    "litgpt.generate.speculative_decoding", "litgpt.finetune.lora", "litgpt.finetune.adapter",
+    "litgpt.finetune.adapter_v2", "litgpt.finetune.lora_legacy", "litgpt.api",
+)  # fmt: skip
+"""The modules that quantize with a class of Lightning's that they have imported by name."""
+
+GENERATORS = tuple(name for name in BITSANDBYTES_USERS if name.startswith("litgpt.generate."))
+"""Those whose `main` is one of the `litgpt generate*` commands."""
+
+_SAMPLING = "max_new_tokens=, top_k=, top_p=, temperature="
+_FINETUNED = f"quantize=, {_SAMPLING}, precision="
+_PARTS = f"sys_prompt=, num_samples=, {_SAMPLING}, quantize=, precision=, compile="
+GENERATOR_SIGNATURES = (
+    f"checkpoint_dir, prompt=, {_PARTS}",
+    f"checkpoint_dir, prompt=, input=, sys_prompt=, finetuned_path=, {_FINETUNED}",
+    f"checkpoint_dir, prompt=, input=, sys_prompt=, adapter_path=, {_FINETUNED}",
+    f"checkpoint_dir, prompt=, input=, sys_prompt=, adapter_path=, {_FINETUNED}",
+    f"checkpoint_dir, prompt=, {_PARTS}",
+    f"checkpoint_dir, prompt=, {_PARTS}",
+    "draft_model_checkpoint_dir, target_model_checkpoint_dir, prompt=, sys_prompt=, num_samples=, "
+    "max_new_tokens=, speculative_k=, top_k=, top_p=, temperature=, quantize=, precision=, "
+    "compile=",
+)
+"""Their parameters, in the same order."""
+
+_FINETUNE_START = "checkpoint_dir, out_dir=, precision=, quantize=, devices=, num_nodes=, "
+_FINETUNE_END = "optimizer=, logger_name=, seed=, access_token="
+ADAPTERS = {
+    "litgpt.finetune.lora": f"{_FINETUNE_START}lora_r=, lora_alpha=, lora_dropout=, lora_query=, "
+    "lora_key=, lora_value=, lora_projection=, lora_mlp=, lora_head=, data=, train=, log=, eval=, "
+    f"{_FINETUNE_END}",
+    "litgpt.finetune.adapter": f"{_FINETUNE_START}data=, train=, eval=, log=, {_FINETUNE_END}",
+    "litgpt.finetune.adapter_v2": f"{_FINETUNE_START}resume=, data=, train=, eval=, log=, "
+    f"{_FINETUNE_END}",
+}
+"""The commands that finetune few parameters, by module, with their `setup`'s parameters."""
+
+FINETUNERS = ("litgpt.finetune.full", *ADAPTERS)
+ADAPTER_GENERATORS = ("litgpt.generate.adapter", "litgpt.generate.adapter_v2")
 
 SEAMS = (
     Seam(
@@ -146,6 +195,13 @@ SEAMS = (
         "LitGPT's map of phi's weights has no experts",
     ),
     Seam(
+        "litgpt.prompts",
+        "load_prompt_style",
+        "checkpoint_dir",
+        "phi_lit.seams:load_prompt_style",
+        "it calls whatever a checkpoint's prompt_style.yaml names; only prompt styles are called",
+    ),
+    Seam(
         "litgpt.pretrain",
         "setup",
         "model_name, model_config=, out_dir=, precision=, initial_checkpoint_dir=, resume=, data=, "
@@ -176,9 +232,168 @@ SEAMS = (
         "phi_lit.seams:save_stock_hyperparameters",
         "a run of LitGPT's own loop records LitGPT's own options, not ours",
     ),
+    Seam(
+        "litgpt.utils",
+        "lazy_load",
+        "filename",
+        "phi_lit.tensors:lazy_load",
+        "Lightning's unpickler behind it calls whatever a checkpoint names",
+    ),
+    Seam(
+        "litgpt.utils",
+        "check_valid_checkpoint_dir",
+        "checkpoint_dir, model_filename=, verbose=, raise_error=, ignore_tokenizer_files=",
+        "phi_lit.tensors:check_valid_checkpoint_dir",
+        "weights that are cut short, or hold code, are told before a model is built; and LLM.load "
+        "asks it before LLM's methods read with weights_only=False",
+    ),
+    Seam(
+        "litgpt.utils",
+        "FSDPStrategy.load_checkpoint",
+        "self, path, state=, strict=, weights_only=",
+        "phi_lit.tensors:fsdp_load_checkpoint",
+        "the same unpickler, where a sharded run resumes from one file",
+    ),
+    Seam(
+        "litgpt.scripts.convert_hf_checkpoint",
+        "convert_hf_checkpoint",
+        "checkpoint_dir, model_name=, dtype=, debug_mode=",
+        "phi_lit.export.back:convert_hf_checkpoint",
+        "what `phi-lit export` wrote comes back under the configuration it had, not a model name's",
+    ),
+    Seam(
+        "litgpt.eval.evaluate",
+        "convert_and_evaluate",
+        "checkpoint_dir, tasks=, out_dir=, force_conversion=, num_fewshot=, batch_size=, device=, "
+        "dtype=, limit=, seed=, save_filepath=, access_token=",
+        "phi_lit.export.evaluate:convert_and_evaluate",
+        "it needs a config.json, which checkpoints trained from scratch lack",
+    ),
+    Seam(
+        "litgpt.chat.base",
+        "main",
+        "checkpoint_dir, max_new_tokens=, top_k=, top_p=, temperature=, quantize=, precision=, "
+        "compile=, multiline=, access_token=",
+        "phi_lit.chat.terminal:main",
+        "conversations of several turns; what cannot work is told before weights load",
+    ),
+    Seam(
+        "litgpt.chat.base",
+        "interact",
+        "multiline, model, tokenizer, prompt_style, fabric, temperature, max_new_tokens, top_k, "
+        "top_p, stop_tokens",
+        "phi_lit.chat.terminal:interact",
+        "a long prompt, bytes that are no text, or Ctrl-C must not end the session",
+    ),
+    Seam(
+        "litgpt.deploy.serve",
+        "run_server",
+        "checkpoint_dir, quantize=, precision=, temperature=, top_k=, top_p=, max_new_tokens=, "
+        "devices=, accelerator=, port=, stream=, openai_spec=, access_token=, api_path=, timeout=, "
+        "generate_strategy=",
+        "phi_lit.chat.serve:run_server",
+        "LitServe listens to everyone, counts no tokens, ignores stop strings and hung-up clients",
+    ),
+    *(
+        Seam(
+            module,
+            "BitsandbytesPrecision",
+            "mode, dtype=, ignore_modules=",
+            "phi_lit.quantize:BitsandbytesPrecision",
+            "Lightning quantizes on GPUs only, and leaves stacked experts as they are",
+            after="litgpt.chat.base" if module == "litgpt.api" else "",
+        )
+        for module in BITSANDBYTES_USERS
+    ),
+    *(
+        Seam(
+            module,
+            "main",
+            signature,
+            "phi_lit.checks:checked",
+            "what cannot work (memory, prompt, quantizer) is told in one line before weights load",
+            wraps=True,
+        )
+        for module, signature in zip(GENERATORS, GENERATOR_SIGNATURES, strict=True)
+    ),
+    *(
+        Seam(module, attribute, signature, replacement, why, wraps=wraps)
+        for module in FINETUNERS
+        for attribute, signature, replacement, why, wraps in (
+            (
+                "generate_example",
+                "fabric, model, tokenizer, eval, data",
+                "phi_lit.mends:goes_on_training",
+                "a prompt longer than the rows left the model in evaluation, without dropout",
+                True,
+            ),
+            (
+                "validate",
+                "fabric, model, val_dataloader, eval, verbose=",
+                "phi_lit.mends:over_targets",
+                "one row whose answer is cut off made the held-out loss NaN",
+                True,
+            ),
+            (
+                "get_longest_seq_length",
+                "data",
+                "phi_lit.mends:get_longest_seq_length",
+                "rows that are left without a target are counted and told",
+                False,
+            ),
+        )
+    ),
+    *(
+        Seam(
+            module,
+            "setup",
+            signature,
+            "phi_lit.train.finetune_adapted:extended",
+            "our training options, and our loop where one of them is used",
+            wraps=True,
+        )
+        for module, signature in ADAPTERS.items()
+    ),
+    *(
+        Seam(
+            module,
+            "save_hyperparameters",
+            "function, checkpoint_dir, known_commands=",
+            "phi_lit.seams:save_stock_hyperparameters",
+            "a run of LitGPT's own loop records LitGPT's own options, not ours",
+        )
+        for module in ADAPTERS
+    ),
+    Seam(
+        "litgpt.scripts.merge_lora",
+        "merge_lora",
+        "checkpoint_dir, pretrained_checkpoint_dir=, precision=",
+        "phi_lit.merge:merge_lora",
+        "it cannot read the base checkpoints that `pretrain` and `finetune_full` save",
+    ),
+    *(
+        Seam(
+            module,
+            "Tokenizer",
+            "checkpoint_dir",
+            "phi_lit.mends:ResponseTokenizer",
+            "it looks for `### Response:` whatever the prompt style (IndexError)",
+        )
+        for module in ("litgpt.generate.full", *ADAPTER_GENERATORS)
+    ),
+    *(
+        Seam(
+            module,
+            "lazy_load",
+            "filename",
+            "phi_lit.mends:load_weights",
+            "it cannot read the base checkpoints that `pretrain` and `finetune_full` save",
+        )
+        for module in ADAPTER_GENERATORS
+    ),
 )
 
-DATA_MODULES = ("phi_lit.data.textbook",)
+DATA_MODULES = ("phi_lit.data.textbook", "phi_lit.data.exercises", "phi_lit.data.instruct")
 """Where our data modules lie. They are imported with `litgpt.pretrain`, which every command line
 loads, because jsonargparse finds a class by its bare name (`class_path: CodeTextbook`) only among
 the imported subclasses of LitGPT's DataModule."""
@@ -188,7 +403,7 @@ _stock: dict[str, Any] = {}  # what stood at each applied seam before
 
 def hooked_modules() -> list[str]:
     """Return the LitGPT modules that have seams, each once, in the order of the table."""
-    return list(dict.fromkeys(seam.module for seam in SEAMS))
+    return list(dict.fromkeys(seam.after or seam.module for seam in SEAMS))
 
 
 def stock(name: str) -> Any:
@@ -233,16 +448,20 @@ def apply_seams(module: ModuleType, seams: tuple[Seam, ...] = SEAMS) -> None:
         UserError: LitGPT differs from the one that we were written against; nothing is replaced.
     """
     show_user_errors()
-    due = [s for s in seams if s.module == module.__name__ and s.name not in _stock]
-    faults = [fault for seam in due if (fault := _fault(module, seam))]
+    due = [
+        (sys.modules[seam.module] if seam.after else module, seam)
+        for seam in seams
+        if (seam.after or seam.module) == module.__name__ and seam.name not in _stock
+    ]
+    faults = [fault for holder, seam in due if (fault := _fault(holder, seam))]
     if faults:
         raise UserError(
             f"phi_lit {__version__} was written against litgpt {LITGPT_VERSION}, but litgpt "
             f"{metadata.version('litgpt')} is installed: {'; '.join(faults)}. "
             f"Install litgpt=={LITGPT_VERSION}, or a phi_lit that knows this litgpt."
         )
-    for seam in due:
-        _apply(module, seam)
+    for holder, seam in due:
+        _apply(holder, seam)
     if module.__name__ == "litgpt.pretrain":
         for data_module in DATA_MODULES:
             import_module(data_module)
@@ -290,6 +509,7 @@ def _apply(module: ModuleType, seam: Seam) -> None:
         raw.update(ours(raw) if callable(ours) else ours)
     else:
         _stock[seam.name] = _original(raw)
+        ours = ours(_original(raw)) if seam.wraps else ours
         setattr(holder, leaf, classmethod(ours) if isinstance(raw, classmethod) else ours)
 
 
@@ -366,8 +586,9 @@ def copy_phi_to_hub(
 ) -> None:
     """Replace `copy_weights_phi` of `litgpt convert_from_litgpt`: experts are copied too."""
     if config.mlp_class_name == MOE_CLASS:
-        from extensions.phi_moe.convert import copy_to_hub
         from litgpt.scripts.convert_hf_checkpoint import load_param
+
+        from extensions.phi_moe.convert import copy_to_hub
 
         lit_weights = copy_to_hub(config, state_dict, lit_weights, saver, load_param)
     copy = stock("litgpt.scripts.convert_lit_checkpoint.copy_weights_phi")
@@ -386,8 +607,9 @@ def copy_phi_from_hub(
 ) -> None:
     """Replace `copy_weights_phi` of `litgpt convert_to_litgpt`: experts are copied too."""
     if config.mlp_class_name == MOE_CLASS:
-        from extensions.phi_moe.convert import copy_from_hub
         from litgpt.scripts.convert_hf_checkpoint import load_param
+
+        from extensions.phi_moe.convert import copy_from_hub
 
         hf_weights = copy_from_hub(config, state_dict, hf_weights, dtype, load_param)
     copy = stock("litgpt.scripts.convert_hf_checkpoint.copy_weights_phi")
@@ -416,6 +638,31 @@ def prompt_style_of_model(model_name: str) -> "PromptStyle":
     if model_name in MODELS:
         return Default()
     return stock("litgpt.prompts.model_name_to_prompt_style")(model_name)
+
+
+def load_prompt_style(checkpoint_dir: Path) -> "PromptStyle":
+    """Replace `load_prompt_style`: the same, but only a class of prompt style is ever called.
+
+    Raises:
+        UserError: the checkpoint's prompt_style.yaml names something else.
+    """
+    import yaml
+    from litgpt.prompts import PromptStyle
+
+    path = checkpoint_dir / "prompt_style.yaml"
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    place = str(written.get("class_path")) if isinstance(written, dict) else str(written)
+    module, _, name = place.rpartition(".")
+    try:
+        style = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} names {place}, which is not installed ({error})") from error
+    if not (isinstance(style, type) and issubclass(style, PromptStyle)):
+        raise UserError(
+            f"{path} names {place}, which is no prompt style, and nothing else is ever called; "
+            "litgpt.prompts has those that LitGPT knows, such as litgpt.prompts.Default"
+        )
+    return style()
 
 
 def save_stock_hyperparameters(

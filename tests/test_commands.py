@@ -208,16 +208,6 @@ def test_serve_builds_its_model(tiny_checkpoint_dir):
     assert isinstance(api.predict("def f("), str)
 
 
-def test_evaluate_accepts_our_checkpoint_as_far_as_the_harness(litgpt, tiny_checkpoint_dir):
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        with pytest.raises(ModuleNotFoundError, match="lm_eval"):
-            litgpt("evaluate", tiny_checkpoint_dir, "--tasks=arc_easy")
-    else:
-        pytest.skip("with the harness installed this would fetch a task")
-
-
 @pytest.mark.parametrize(
     ("module", "autoload", "knows"),
     [("litgpt", True, True), ("litgpt", False, False), ("phi_lit", False, True)],

@@ -1,6 +1,8 @@
 """Every YAML parses, its header's arithmetic holds, and the published numbers are in it."""
 
+import math
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from litgpt.config import Config
 
 HUB = Path(__file__).parents[1] / "config_hub"
 PRETRAIN = {"phi1": ("phi-1", 24), "phi1-small": ("phi1-small", 20)}
+EXAMPLES_PER_ROW = Fraction("2.7")
+"""How many of Orca's examples its packing put into 2,048 ids, on average (section 4.1)."""
 FILES = sorted(path.stem for path in HUB.glob("*.yaml"))
 
 
@@ -45,8 +49,15 @@ def test_header_arithmetic_holds(name: str) -> None:
     assert list(facts) == ["What", "Needs", "Batch", "Length", "Measured"]
     rows, length = train["global_batch_size"], row_length(name)
     assert numbers(facts["Batch"])[:3] == [rows, length, rows * length]
-    steps = train["max_steps"]
-    assert numbers(facts["Length"])[:2] == [steps, steps * rows * length]
+    if "max_steps" in train:
+        steps = train["max_steps"]
+        assert numbers(facts["Length"])[:2] == [steps, steps * rows * length]
+    else:
+        epochs, in_epoch, examples, _, _, steps, tokens = numbers(facts["Length"])
+        assert epochs == train["epochs"]
+        assert in_epoch == math.ceil(examples / EXAMPLES_PER_ROW)
+        assert steps == epochs * in_epoch // rows  # as course.py counts
+        assert tokens == steps * rows * length
     for step in train.get("name_steps", {}):
         assert step in numbers(facts["Length"])
         assert step * rows * length in numbers(facts["Length"])
@@ -66,7 +77,8 @@ def test_every_yaml_parses_with_the_command_it_is_for(
     parser.add_function_arguments(module.setup)
     parsed = parser.parse_args(["--config", str(HUB / f"{name}.yaml")])
     ready = parser.instantiate_classes(parsed)
-    assert type(ready.data).__name__ == "CodeTextbook"
+    exercises = "CodeExercises" if name.endswith("-exercises") else "CodeTextbook"
+    assert type(ready.data).__name__ == ("Instruct" if name.startswith("orca") else exercises)
     assert ready.train.check() == []
 
 
@@ -98,3 +110,14 @@ def test_finetuning_is_the_published_recipe(name: str) -> None:
     assert (train["save_interval"], train["keep_best"]) == (1_000, True)
     assert train["lr_schedule"] == "linear"
     assert (optimizer["init_args"]["lr"], optimizer["init_args"]["weight_decay"]) == (1e-4, 0.01)
+
+
+def test_orcas_stages_are_the_published_ones_and_follow_each_other() -> None:
+    first, second = load("orca-1-flan-5m"), load("orca-2-flan-1m")
+    assert Path(second["checkpoint_dir"]) == Path(first["out_dir"]) / "final"
+    for config, preset in ((first, "flan-5m"), (second, "flan-1m")):
+        train, data = config["train"], config["data"]["init_args"]
+        assert data["sources"] == [{"preset": preset}]
+        assert (train["epochs"], train["max_seq_length"], train["pack"]) == (4, 2048, True)
+        assert "mask_prompt" not in data, "its default: loss only on the teacher's tokens"
+        assert config["resume"] == "auto"

@@ -25,16 +25,19 @@ def test_stock_is_litgpts_own_and_ours_is_in_its_place(seam):
     original = stock(seam.name)
     module = __import__(seam.module, fromlist=["x"])
     now = seams._original(seams._find(module, seam)[2])
-    if seam.signature in ("list", "dict"):
-        ours = seams._load(seam.replacement)
-        added = set(ours(original)) - set(original) if callable(ours) else MODELS
-        assert len(now) == len(original) + len(added)
-    elif seam.signature == seams.ABSENT:
+    replacement = seams._load(seam.replacement)
+    if seam.signature == seams.ABSENT:
         assert original is None
-        assert now is seams._load(seam.replacement)
+        assert now is replacement
+    elif seam.signature in ("list", "dict") and callable(replacement):
+        assert now == {**original, **replacement(original)} != original
+    elif seam.signature in ("list", "dict"):
+        assert len(now) == len(original) + len(MODELS)
     else:
-        assert original.__module__.startswith("litgpt.")
-        assert now is seams._load(seam.replacement)
+        mended_twice = seam.replacement == "phi_lit.mends:load_weights"
+        theirs = "phi_lit.tensors" if mended_twice else ("litgpt.", "lightning.")
+        assert original.__module__.startswith(theirs)
+        assert (now.__wrapped__ is original) if seam.wraps else (now is replacement)
 
 
 def test_litgpts_commands_are_those_we_pass_through():

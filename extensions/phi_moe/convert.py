@@ -18,7 +18,9 @@ from extensions.phi_moe.settings import Settings
 if TYPE_CHECKING:
     from litgpt.config import Config
 
-_OURS = re.compile(r"transformer\.h\.(\d+)\.((?:mlp|moe)\.(?:gate|experts|shared_experts)|norm_3)\.")
+_OURS = re.compile(
+    r"transformer\.h\.(\d+)\.((?:mlp|moe)\.(?:gate|experts|shared_experts)|norm_3)\."
+)
 _THEIRS = re.compile(
     r"model\.layers\.(\d+)\.((?:mlp|moe)\.(?:gate|experts|shared_experts)|post_mlp_layernorm)\."
 )

@@ -29,6 +29,9 @@ class StackedLinear(nn.Module):
     matrices = ("weight",)
     """Parameters that are linear layers' weights, for optimizers that treat those apart."""
 
+    linears: nn.ModuleList | None
+    """In place of `weight` and `bias` after `as_linears`."""
+
     def __init__(self, n_expert: int, size_in: int, size_out: int, **options: bool) -> None:
         nn.Module.__init__(self)
         self.make_parameters(n_expert, size_in, size_out, **options)
@@ -45,7 +48,7 @@ class StackedLinear(nn.Module):
     ) -> None:
         """Do what `__init__` does, in an object that is a module already."""
         self.n_expert, self.residual, self.silent = n_expert, residual, silent
-        self.linears: nn.ModuleList | None = None  # after `as_linears`, in place of these two:
+        self.linears = None  # not of the class: that would hide the submodule it may become
         self.weight = nn.Parameter(torch.empty(n_expert, size_out, size_in))
         self.bias = nn.Parameter(torch.empty(n_expert, size_out)) if bias else None
         StackedLinear.reset_parameters(self)

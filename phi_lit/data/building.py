@@ -45,6 +45,20 @@ def say_on_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def is_first_process() -> bool:
+    """Tell whether this is the first process on its machine: it reads, checks and says it all."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0 or os.environ.get("LOCAL_RANK") == "0"
+    return True
+
+
+def say_once() -> Say:
+    """Return what prints a line of news on the first process and says nothing on the others."""
+    return say_on_stderr if is_first_process() else lambda text: None
+
+
 def prepare_store(
     data_dir: Path,
     sources: list[Source],
@@ -103,7 +117,7 @@ def prepare_store(
     for source in sources:
         say(f"  {source.licence_line()}")
         source.check()
-    with disk_errors(path), _locked(path, say):
+    with disk_errors(path), locked(path, say):
         if (path / MANIFEST).exists():  # made by another process while this one waited
             return _reuse(path, sources, verify, say)
         job = _Job(path, sources, settings, token_dtype(tokenizer.vocab_size))
@@ -326,7 +340,7 @@ def _why_new(data_dir: Path, path: Path, settings: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, say: Say) -> Iterator[None]:
+def locked(path: Path, say: Say) -> Iterator[None]:
     """Hold the directory (made if missing) against other processes that prepare the same store."""
     while True:
         path.mkdir(parents=True, exist_ok=True)

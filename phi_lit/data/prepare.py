@@ -10,7 +10,7 @@ from typing import Any
 from phi_lit.data.building import prepare_store, say_on_stderr
 from phi_lit.data.hub import first_line, hub_errors
 from phi_lit.data.rows import count_rows
-from phi_lit.data.sources import open_sources
+from phi_lit.data.sources import Source, open_sources
 from phi_lit.data.tokens import MANIFEST, SPLITS, TokenStore
 from phi_lit.errors import UserError
 
@@ -41,7 +41,7 @@ def prepare(
         push_to_hub: A data set id on the Hugging Face hub (owner/name) to upload the store to.
         dry_run: Only list the sources with their licences and look at their first documents.
     """
-    opened = open_sources("stdlib" if sources is None else sources)
+    opened: list[Source] = open_sources("stdlib" if sources is None else sources)
     if seq_length < 1:
         raise UserError(f"seq_length is {seq_length}; choose at least 1.")
     if dry_run:

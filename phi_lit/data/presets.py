@@ -6,7 +6,7 @@ sets that hold identifiers instead of text are entries too, so that asking for o
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from phi_lit.errors import UserError, did_you_mean
 
@@ -21,9 +21,12 @@ class Preset:
         config: the configuration's name, where it has several.
         columns: the columns that make a document, joined by a blank line.
         template: in place of `columns`, a text with `{column}` where values go.
+        example: (prompt, answer) or (prompt, answer, system message), as columns or templates,
+            where its rows are questions with answers.
         where: values that columns must have.
         data_files: the files inside the repository, for those that are published with a loading
             script, which `datasets` no longer runs.
+        strip: what surrounds every text and is cut off (see `Source.strip`).
         note: what to know before using it.
         refused: why it cannot be used at all.
     """
@@ -33,8 +36,10 @@ class Preset:
     config: str | None = None
     columns: str | list[str] | None = None
     template: str | None = None
+    example: tuple[str, ...] = ()
     where: dict[str, Any] = field(default_factory=dict)
     data_files: str | None = None
+    strip: Literal["gutenberg"] | None = None
     note: str = ""
     refused: str = ""
 
@@ -50,14 +55,33 @@ PRESETS: dict[str, Preset] = {
         "jinaai/code_exercises",
         "CC-BY-NC-SA-4.0",
         template="{problem}{solution}",
+        example=("problem", "solution"),
         note="made by GPT-3.5 in the image of CodeExercises; not for commercial use",
     ),
     "tiny-codes": Preset(
         "nampdn-ai/tiny-codes",
         "MIT",
         template="{prompt}\n\n{response}\n",
+        example=("{prompt}\n\n", "{response}\n"),
         where={"programming_language": "Python"},
         note="gated: accept its terms on the hub and log in",
+    ),
+    # Instructions with a teacher's answers, as in Orca
+    "flan-5m": Preset(
+        "Open-Orca/OpenOrca",
+        "MIT; written by ChatGPT, whose terms of use apply to its output",
+        template="{system_prompt}\n\n{question}\n\n{response}\n",
+        example=("question", "response", "system_prompt"),
+        data_files="3_5M-GPT3_5-Augmented.parquet",
+        note="an open replica of Orca's FLAN-5M: some 3.2 M questions of FLAN with answers",
+    ),
+    "flan-1m": Preset(
+        "Open-Orca/OpenOrca",
+        "MIT; written by GPT-4, whose terms of use apply to its output",
+        template="{system_prompt}\n\n{question}\n\n{response}\n",
+        example=("question", "response", "system_prompt"),
+        data_files="1M-GPT4-Augmented.parquet",
+        note="an open replica of Orca's FLAN-1M: some 1 M questions of FLAN with answers",
     ),
     # Textbooks
     "textbooks": Preset(
@@ -112,6 +136,14 @@ PRESETS: dict[str, Preset] = {
         "EleutherAI/the_pile_deduplicated",
         "none stated: its parts have licences of their own, some of them contested",
         columns="text",
+    ),
+    "gutenberg": Preset(
+        "sedthh/gutenberg_english",
+        "MIT for the collection; its books are in the public domain in the USA, and Project "
+        "Gutenberg's own licence and trademark apply where its name is kept",
+        columns="TEXT",
+        strip="gutenberg",
+        note="48,000 English books; elsewhere than in the USA a book may still be protected",
     ),
     "redpajama": Preset(
         "togethercomputer/RedPajama-Data-1T-Sample",

@@ -10,15 +10,16 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from phi_lit.data import standard_library as python_library
+from phi_lit.data.gutenberg import strip_boilerplate
 from phi_lit.data.hub import read_hub
-from phi_lit.data.presets import PRESETS, find_preset, refuse_ids_only
+from phi_lit.data.presets import PRESETS, Preset, find_preset, refuse_ids_only
 from phi_lit.data.records import column_names, is_table, read_rows, read_text, suffix
 from phi_lit.data.tables import RowText
 from phi_lit.data.trees import FoundFile, Skipped, find_files
@@ -26,6 +27,8 @@ from phi_lit.errors import UserError, did_you_mean
 
 CHECKED_ROWS = 64
 """Rows of a table that are looked at before anything is written."""
+
+Boilerplate = Literal["gutenberg"]
 
 DEFAULT_SUFFIXES = [".py", ".md", ".rst", ".txt", ".parquet", ".jsonl", ".ndjson"]
 
@@ -35,6 +38,25 @@ class Document(NamedTuple):
 
     id: str
     text: str
+
+
+class RowReader(Protocol):
+    """What makes a document of a table's row, and knows which columns that takes."""
+
+    def needed(self) -> list[str]:
+        """Return the columns worth decoding, some of which a table may lack."""
+
+    def keeps(self, row: dict[str, Any]) -> bool:
+        """Tell whether the row is wanted."""
+
+    def text(self, row: dict[str, Any]) -> str | None:
+        """Return the row's document, or None where it has none."""
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise a `UserError` unless the columns needed are among those that a table has."""
+
+    def check_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Raise a `UserError` if a table's first rows hold no text."""
 
 
 class NoText(UserError):
@@ -66,6 +88,9 @@ class Source:
     """In place of `columns`: a text with `{column}` where a row's values go."""
     where: dict[str, Any] = field(default_factory=dict)
     """Keep only rows whose columns have these values (a list: any of them)."""
+    strip: Boilerplate | None = None
+    """What surrounds every text and is cut off: `gutenberg`, the header and the licence that
+    Project Gutenberg puts around a book. A text without its markers stays as it is."""
     max_documents: int | None = None
     """Stop after that many documents."""
     suffixes: list[str] = field(default_factory=lambda: list(DEFAULT_SUFFIXES))
@@ -99,7 +124,12 @@ class Source:
             )
         if self.hub is not None:
             refuse_ids_only(self.hub, self.config)
-        self.rows = RowText(self.label, self.columns, self.template, self.where)
+        if self.strip not in (None, *get_args(Boilerplate)):
+            raise UserError(
+                f"{self.label}: strip is {self.strip!r}; it can be "
+                f"{' or '.join(get_args(Boilerplate))}."
+            )
+        self.rows = self._reader()
         if not 0 < self.weight <= 1000:
             raise UserError(f"{self.label}: weight is {self.weight}; choose above 0, at most 1000.")
         if self.max_documents is not None and self.max_documents < 1:
@@ -109,13 +139,20 @@ class Source:
 
     def _take_from_preset(self, name: str) -> None:
         preset = find_preset(name)
-        for key in ("hub", "config", "data_files", "licence"):
+        for key in ("hub", "config", "data_files", "licence", "strip"):
             if getattr(self, key) is None:
                 setattr(self, key, getattr(preset, key))
-        if self.columns is None and self.template is None:
-            self.columns, self.template = preset.columns, preset.template
+        self._take_columns(preset)
         self.where = {**preset.where, **self.where}
         self._note = preset.note
+
+    def _take_columns(self, preset: Preset) -> None:
+        if self.columns is None and self.template is None:
+            self.columns, self.template = preset.columns, preset.template
+
+    def _reader(self) -> "RowReader":
+        """Return what makes documents of rows."""
+        return RowText(self.label, self.columns, self.template, self.where)
 
     @property
     def label(self) -> str:
@@ -191,11 +228,13 @@ class Source:
         self.skipped = Skipped()
         found = 0
         for identity, text in self._texts():
+            if text is not None and self.strip is not None:
+                text = strip_boilerplate(text)
             if text is None:
                 self.skipped.add("without text", identity)
             elif not text.strip():
                 self.skipped.add("empty", identity)
-            elif not _is_unicode(text):
+            elif not is_unicode(text):
                 self.skipped.add("not Unicode text", identity)
             else:
                 yield Document(identity, text)
@@ -277,24 +316,27 @@ def standard_library() -> Source:
 Spec = str | dict[str, Any] | Source
 """A source as `open_source` takes it."""
 
+Kind = TypeVar("Kind", bound=Source)
 
-def open_source(spec: Spec) -> Source:
+
+def open_source(spec: Spec, kind: type[Kind] = Source) -> Kind:  # type: ignore[assignment]
     """Make a source of what a YAML says.
 
     Args:
         spec: `stdlib`; a preset's name; a path or glob; a hub id (`owner/name`); a mapping with the
             fields of `Source`; or a `Source`.
+        kind: the class of source to make.
 
     Raises:
         UserError: an unknown word or key, or a source that holds no text.
     """
-    if isinstance(spec, Source):
+    if isinstance(spec, kind):
         return spec
     if isinstance(spec, str):
-        return _from_word(spec)
+        return _from_word(spec, kind)
     if not isinstance(spec, dict):
         raise UserError(f"a source is a word or a mapping, not {type(spec).__name__}: {spec!r}.")
-    allowed = [item.name for item in fields(Source) if item.init]
+    allowed = [item.name for item in fields(kind) if item.init]
     unknown = [key for key in spec if key not in allowed]
     if unknown:
         raise UserError(
@@ -302,10 +344,13 @@ def open_source(spec: Spec) -> Source:
             f"Keys: {', '.join(allowed)}."
         )
     _check_types(spec)
-    return Source(**spec)
+    return kind(**spec)
 
 
-def open_sources(specs: Spec | Sequence[Spec]) -> list[Source]:
+def open_sources(
+    specs: Spec | Sequence[Spec],
+    kind: type[Kind] = Source,  # type: ignore[assignment]
+) -> list[Kind]:
     """Make sources of what a YAML says: one, which needs no brackets, or a list of them.
 
     Raises:
@@ -313,18 +358,18 @@ def open_sources(specs: Spec | Sequence[Spec]) -> list[Source]:
     """
     if isinstance(specs, str | dict | Source):
         specs = [specs]
-    return [open_source(spec) for spec in specs]
+    return [open_source(spec, kind) for spec in specs]
 
 
-def _from_word(word: str) -> Source:
+def _from_word(word: str, kind: type[Kind]) -> Kind:
     if word == "stdlib":
-        return standard_library()
+        return kind(stdlib=True)
     if word in PRESETS:
-        return Source(preset=word)
+        return kind(preset=word)
     if os.path.lexists(word) or word.startswith((".", "/", "~")) or set(word) & set("*?["):
-        return Source(path=word)
+        return kind(path=word)
     if word.count("/") == 1 and all(word.split("/")) and not suffix(word):
-        return Source(hub=word)
+        return kind(hub=word)
     options = ["stdlib", *(key for key, preset in PRESETS.items() if not preset.refused)]
     raise UserError(
         f"source {word!r} is no path that exists here, no preset and no hub id (owner/name)."
@@ -370,7 +415,8 @@ def _listing(files: Iterator[FoundFile]) -> dict[str, Any]:
 _NAMES = ("utf-8", "surrogateescape")  # a file's name may be any bytes
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Tell whether a text can be written as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:  # a lone surrogate, as JSON's escapes can spell it

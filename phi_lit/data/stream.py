@@ -140,7 +140,7 @@ class DocumentStream:
                         documents += 1
                         size_in_all += len(encoded)
                         self.duplicates += self._seen.add(digest)
-                    if not _belongs(digest, number, source.weight):
+                    if not belongs(digest, number, source.weight):
                         continue
                     value = self._split_value(digest)
                     self.lowest, self.highest = min(self.lowest, value), max(self.highest, value)
@@ -161,7 +161,7 @@ class DocumentStream:
         return int.from_bytes(mixed, "little")
 
 
-def _belongs(digest: bytes, number: int, weight: float) -> bool:
+def belongs(digest: bytes, number: int, weight: float) -> bool:
     """Tell whether reading number `number` (from 0) of a source takes this document."""
     whole = int(weight)
     if number < whole:

@@ -5,17 +5,15 @@ It only connects the parts: sources become a token store (`building.py`), the st
 text: what it reads is up to `sources`.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 
-from phi_lit.data.building import prepare_store, say_on_stderr
+from phi_lit.data.building import is_first_process, prepare_store, say_once
 from phi_lit.data.rows import VAL_SEED, RowLoader, count_rows
 from phi_lit.data.sources import Source, open_sources
 from phi_lit.data.tokens import TokenStore, Verify
@@ -92,8 +90,8 @@ class CodeTextbook(DataModule):
         Raises:
             UserError: no tokenizer, an unusable source, damaged tokens, a full disk.
         """
-        first = _is_first()
-        verify = self.verify if first else "sizes"  # one rank reading everything is enough
+        # One rank reading everything is enough.
+        verify = self.verify if is_first_process() else "sizes"
         if self.store is not None:
             found = TokenStore.open(self.store, verify=verify)
             self._check_tokenizer(found)
@@ -106,7 +104,7 @@ class CodeTextbook(DataModule):
                 split_seed=self.split_seed,
                 num_workers=self.num_workers,
                 verify=verify,
-                say=say_on_stderr if first else _silent,
+                say=say_once(),
             )
         self._store_path = found.path
 
@@ -141,6 +139,11 @@ class CodeTextbook(DataModule):
     def vocab_size(self) -> int:
         """One more than the largest id; the model's padded vocabulary must not be smaller."""
         return self._opened.vocab_size
+
+    @property
+    def eot_id(self) -> int:
+        """The token that stands between two documents."""
+        return self._opened.eot_id
 
     def identity(self) -> dict[str, Any]:
         """Return what a resumed run must find unchanged for its place in the rows to mean the same.
@@ -210,14 +213,3 @@ class CodeTextbook(DataModule):
 
     def __repr__(self) -> str:
         return f"CodeTextbook({self.store or self.sources})"
-
-
-def _is_first() -> bool:
-    """Tell whether this is the first process on its machine: it reads, checks and says it all."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() == 0 or os.environ.get("LOCAL_RANK") == "0"
-    return True
-
-
-def _silent(text: str) -> None:
-    """Say nothing: another rank does."""

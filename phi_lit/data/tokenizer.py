@@ -132,7 +132,7 @@ def train(
         raise UserError(f"max_mb is {max_mb}; choose at least 1.")
     from phi_lit.data.sources import open_sources
 
-    opened = open_sources("stdlib" if sources is None else sources)
+    opened: list[Source] = open_sources("stdlib" if sources is None else sources)
     train_bpe(_texts(opened, max_mb * 1_000_000), vocab_size, out_dir)
     _report(out_dir)
 

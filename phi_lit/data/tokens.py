@@ -129,6 +129,11 @@ class TokenStore:
         return int(self.manifest["tokenizer"]["vocab_size"])
 
     @property
+    def eot_id(self) -> int:
+        """The token that ends a document."""
+        return int(self.manifest["tokenizer"]["eot_id"])
+
+    @property
     def fingerprint(self) -> str:
         """The fingerprint of the tokenizer that made the ids."""
         return str(self.manifest["tokenizer"]["fingerprint"])

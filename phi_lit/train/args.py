@@ -7,6 +7,7 @@ under a field is its text in `--help`.
 
 import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from litgpt.args import TrainArgs as LitGPTTrainArgs
@@ -39,8 +40,24 @@ class TrainArgs(LitGPTTrainArgs):
     weight_decay_on: Literal["all", "matrices"] | None = None
     """Which parameters the optimizer's weight decay pulls: all of them (LitGPT), or only the
     weights of linear layers, leaving out biases, norms and embeddings"""
+    pack: bool | None = None
+    """Pack several examples into each row (finetuning): best-fit, drawn anew in every epoch, so
+    that few positions are padding. They don't see each other unless document_mask is false"""
+    document_mask: bool | None = None
+    """Let a token see its own document only, positions beginning anew there: on for packed
+    examples; for rows of a flat array (CodeTextbook) off as in the paper"""
     z_loss: float | None = None
     """Weight of the mean squared log-partition added to the loss (PaLM: 1e-4)"""
+    balance_loss: float | None = None
+    """Experts: weight of the loss that keeps their load even (Switch Transformer: 0.01)"""
+    router_z_loss: float | None = None
+    """Experts: weight of the router's mean squared log-partition (ST-MoE: 0.001)"""
+    balance_bias_rate: float | None = None
+    """Experts: how far each one's selection bias moves after a step, up where it had less than the
+    mean load and down where more: balancing without a loss (DeepSeek-V3: 0.001)"""
+    router_jitter: float | None = None
+    """Experts: in training the router's input is multiplied by noise of 1 - this to 1 + this
+    (Switch Transformer: 0.01)"""
     init: Literal["litgpt", "normal", "gpt2"] | None = None
     """Initial weights: litgpt (GPT-NeoX, std sqrt(0.4 / n_embd)), normal (std 0.02 and zero biases:
     what the released phi-1 config says), gpt2 (normal, residual projections divided by sqrt(2
@@ -67,6 +84,20 @@ class TrainArgs(LitGPTTrainArgs):
     default), or skip that step and count it"""
     sample_prompt: str | None = None
     """Text that the model continues after each validation, to be read"""
+    teacher: Path | None = None
+    """Checkpoint directory of a model with the same tokenizer, whose distribution over the next
+    token is learned besides the token itself (distillation)"""
+    distill_weight: float | None = None
+    """Share w of the teacher in the loss, above 0 and up to 1: (1 - w) cross-entropy + w T^2
+    KL(teacher || student); default 0.5"""
+    distill_temperature: float | None = None
+    """Temperature T that softens both distributions in the KL term; default 1"""
+    teacher_precision: Literal["32-true", "bf16-true", "16-true"] | None = None
+    """Number format of the teacher's weights and arithmetic; default: that of the run's matrix
+    products"""
+    teacher_sharded: bool | None = None
+    """Shard the teacher over the ranks as strategy fsdp does the student; default: each rank holds
+    a copy"""
     resume_changed: bool | None = None
     """Resume even if model, data, batch, optimizer or schedule differ from the checkpoint's"""
 
@@ -80,6 +111,7 @@ class TrainArgs(LitGPTTrainArgs):
         for name in (
             "global_batch_size", "micro_batch_size", "max_tokens", "max_steps", "max_time",
             "lr_total_steps", "lr_decay_steps", "keep_last", "save_interval", "log_interval",
+            "distill_temperature",
         ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, int | float) and value <= 0:
@@ -91,8 +123,13 @@ class TrainArgs(LitGPTTrainArgs):
                     f"train.name_steps calls step {step} {name!r}; a name is letters, digits, '.', "
                     "'_' and '-', and none of latest, best, final, logs or step-..."
                 )
-        if self.z_loss is not None and self.z_loss < 0:
-            faults.append(f"train.z_loss is {self.z_loss}; it must not be negative")
+        for name in ("z_loss", "balance_loss", "router_z_loss", "balance_bias_rate"):
+            if (getattr(self, name) or 0.0) < 0:
+                faults.append(f"train.{name} is {getattr(self, name)}; it must not be negative")
+        if self.router_jitter is not None and not 0 <= self.router_jitter < 1:
+            faults.append(f"train.router_jitter is {self.router_jitter}; choose 0 to below 1")
+        if self.distill_weight is not None and not 0 < self.distill_weight <= 1:
+            faults.append(f"train.distill_weight is {self.distill_weight}; it is above 0, up to 1")
         return faults
 
 
@@ -109,6 +146,11 @@ def asks_for_ours(train: LitGPTTrainArgs) -> bool:
     return train.micro_batch_size == "auto" or any(
         getattr(train, name, None) is not None for name in OURS
     )
+
+
+def masks_documents(train: TrainArgs) -> bool:
+    """Tell whether documents in one row are kept from seeing each other."""
+    return train.document_mask if train.document_mask is not None else bool(train.pack)
 
 
 def raise_together(faults: list[str]) -> None:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from phi_lit.errors import UserError
-from phi_lit.files import PARTIAL, staged_dir, write_atomic
+from phi_lit.files import PARTIAL, disk_errors, staged_dir, write_atomic
+from phi_lit.tensors import load_file
 from phi_lit.train.state import joined, parts_of
 
 FORMAT = 1
@@ -40,7 +41,7 @@ class Place:
     rows: int = 0
     """Rows consumed by all ranks together."""
     skipped: int = 0
-    """Steps left out because their loss was not finite."""
+    """Steps left out because their loss, or under a loss scale their gradient, was not finite."""
     micro_batch_size: int = 0
     """Rows per forward pass, as resolved when `auto` was asked for."""
     compiled: bool = False
@@ -63,23 +64,6 @@ def save_file(content: Any, path: Path) -> None:
         except RuntimeError as error:
             file.flush()  # raises what the disk said, if that was it
             raise OSError(errno.ENOSPC, str(error).splitlines()[0]) from error
-
-
-def load_file(path: Path) -> Any:
-    """Read a file of tensors, memory-mapped; never runs code from it.
-
-    Raises:
-        UserError: the file is missing, cut short, or holds more than tensors and plain values.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} is missing: this checkpoint is not whole")
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} cannot be read ({reason}): it is cut short, or not a file of tensors"
-        ) from error
 
 
 def weights_of(checkpoint_dir: Path) -> dict[str, Tensor]:
@@ -137,10 +121,12 @@ def write_whole(
     place: Place,
     identity: dict[str, Any],
     write_side_files: Callable[[Path], None],
+    *,
+    weights_file: str = MODEL_FILE,
 ) -> None:
     """Write a checkpoint of whole tensors; called on rank 0 only."""
     with staged_dir(directory) as partial:
-        save_file({"model": model_state}, partial / MODEL_FILE)
+        save_file({"model": model_state}, partial / weights_file)
         save_file({"optimizer": optimizer_state, **vars(place)}, partial / STATE_FILE)
         write_side_files(partial)
         (partial / MANIFEST).write_text(_manifest(partial, place, identity, sharded=False))
@@ -156,18 +142,24 @@ def write_sharded(
     *,
     rank: int,
     world: int,
-    barrier: Callable[[], None],
+    together: Callable[[Callable[[], None] | None], None],
 ) -> None:
-    """Write one file of shards per rank; called on every rank (on a file system they share)."""
+    """Write one file of shards per rank; called on every rank (on a file system they share).
+
+    `together` does this rank's part and waits for the others; where one fails, all end.
+    """
     staging = directory.with_name(f".{directory.name}.shards")
-    if rank == 0:
+    shard = {"model": parts_of(model_state), "optimizer": parts_of(optimizer_state)}
+
+    def prepare() -> None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-    barrier()
-    shard = {"model": parts_of(model_state), "optimizer": parts_of(optimizer_state)}
-    save_file(shard, staging / SHARD_FILE.format(rank=rank, world=world))
-    barrier()
-    if rank == 0:
+
+    def write() -> None:
+        with disk_errors(staging):
+            save_file(shard, staging / SHARD_FILE.format(rank=rank, world=world))
+
+    def finish() -> None:
         with staged_dir(directory) as partial:
             for file in staging.iterdir():
                 os.rename(file, partial / file.name)
@@ -175,7 +167,10 @@ def write_sharded(
             write_side_files(partial)
             (partial / MANIFEST).write_text(_manifest(partial, place, identity, sharded=True))
         staging.rmdir()
-    barrier()
+
+    together(prepare if rank == 0 else None)
+    together(write)
+    together(finish if rank == 0 else None)
 
 
 class Background:
@@ -303,7 +298,8 @@ def read_state(
         model_state = joined([shard["model"] for shard in shards])
         optimizer_state = joined([shard["optimizer"] for shard in shards])
     else:
-        model_state = load_file(directory / MODEL_FILE)["model"]
+        (weights_file,) = (name for name in manifest["files"] if name.startswith(MODEL_FILE))
+        model_state = load_file(directory / weights_file)["model"]
         optimizer_state = state.pop("optimizer")
     return model_state, optimizer_state, Place(**state)
 

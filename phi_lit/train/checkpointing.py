@@ -37,6 +37,8 @@ _KEPT = (
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "phi_lit::dropout_attention",
     "phi_moe::experts",
+    "phi_lit::segment_attention",
+    "flash_attn::_flash_attn_varlen_forward",
     # Attention that is kept draws no random numbers in the second pass: a dropout after it would
     # then draw others than in the first. So on GPUs its mask is kept too.
     "aten::native_dropout",

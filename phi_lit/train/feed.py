@@ -6,8 +6,8 @@ p + r m on. Rows of the next epoch follow without a gap. Loaders that come from 
 modules are fed the same way where their dataset can be indexed, and as a stream elsewhere.
 """
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,27 @@ IGNORE = -100
 """Targets with this id never enter the loss."""
 
 
+class Batch(NamedTuple):
+    """Rows to train on; the target of a position is what comes after it."""
+
+    inputs: Tensor
+    """int64 (B, T)."""
+    targets: Tensor
+    """int64 (B, T), `IGNORE` where nothing is to be learned."""
+    documents: Tensor | None = None
+    """int32 (B, T), which document of its row a position belongs to; None where a row is one."""
+
+    @property
+    def n_targets(self) -> int:
+        """How many positions are learned."""
+        return int((self.targets != IGNORE).sum())
+
+    @property
+    def n_rows_without_target(self) -> int:
+        """How many rows teach nothing."""
+        return int((self.targets == IGNORE).all(dim=1).sum())
+
+
 class Feed(Protocol):
     """A place in an endless stream of rows, from which micro-batches are taken."""
 
@@ -32,8 +53,8 @@ class Feed(Protocol):
         """Rows consumed by all ranks together since the start."""
         ...
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Return this rank's next (inputs, targets), each (rows, T) of int64, and move on."""
+    def take(self) -> Batch:
+        """Return this rank's next micro-batch and move on."""
         ...
 
     def seek(self, position: int) -> None:
@@ -41,25 +62,29 @@ class Feed(Protocol):
         ...
 
 
-def pair(batch: Any, max_seq_length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Split a batch into (inputs, targets), the target of a token being the one after it.
+def pair(batch: Any, max_seq_length: int | None = None, begin_id: int | None = None) -> Batch:
+    """Split a loader's batch into inputs and targets, the target of a token being the one after it.
 
     A tensor is rows of T + 1 ids; a mapping has `input_ids` and `labels` of equal shape, labels
-    being `IGNORE` where nothing is to be learned (LitGPT's finetuning batches).
+    being `IGNORE` where nothing is to be learned (LitGPT's finetuning batches). With `begin_id`
+    every such id begins a document: in a flat array it is what stands between two of them, whose
+    target is the first token of the next.
     """
     inputs, labels = (
         (batch["input_ids"], batch["labels"]) if isinstance(batch, dict) else (batch, batch)
     )
     if max_seq_length is not None:
         inputs, labels = inputs[:, : max_seq_length + 1], labels[:, : max_seq_length + 1]
-    return inputs[:, :-1].contiguous().long(), labels[:, 1:].contiguous().long()
+    inputs = inputs[:, :-1].contiguous().long()
+    documents = None if begin_id is None else (inputs == begin_id).cumsum(1, dtype=torch.int32)
+    return Batch(inputs, labels[:, 1:].contiguous().long(), documents)
 
 
 class RowFeed:
     """Rows of a token store: the loader already keeps its place as a number."""
 
-    def __init__(self, loader: RowLoader) -> None:
-        self._loader = loader
+    def __init__(self, loader: RowLoader, begin_id: int | None = None) -> None:
+        self._loader, self._begin_id = loader, begin_id
         self._rows: Iterator[Tensor] = iter(loader)
         self.rows_per_epoch: int | None = loader.n_rows
 
@@ -68,9 +93,9 @@ class RowFeed:
         """Rows consumed by all ranks together since the start."""
         return self._loader.position
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Return this rank's next (inputs, targets)."""
-        return pair(next(self._rows))
+    def take(self) -> Batch:
+        """Return this rank's next rows."""
+        return pair(next(self._rows), begin_id=self._begin_id)
 
     def seek(self, position: int) -> None:
         """Go to a place, in constant time."""
@@ -92,8 +117,8 @@ class ExampleFeed:
         self._order = RowOrder(seed=seed, n_rows=self.rows_per_epoch)
         self.position = 0
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Return this rank's next (inputs, targets), padded by the dataset's own collation."""
+    def take(self) -> Batch:
+        """Return this rank's next examples, padded by the dataset's own collation."""
         first = self.position + self._rank * self._micro_batch
         rows = self._order.rows(first, self._micro_batch)
         self.position += self._micro_batch * self._world
@@ -117,8 +142,8 @@ class StreamFeed:
         self.rows_per_epoch: int | None = None
         self.seek(0)
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Return this rank's next (inputs, targets)."""
+    def take(self) -> Batch:
+        """Return this rank's next rows."""
         batch = next(self._stream)
         self.position += self._rows_per_take
         return pair(batch, self._max_seq_length)
@@ -145,13 +170,22 @@ class StreamFeed:
 
 
 def make_feed(
-    loader: Any, *, micro_batch: int, rank: int, world: int, seed: int, max_seq_length: int | None
-) -> Feed:
-    """Return the feed that fits a data module's loader."""
+    loader: Any, *, micro_batch: int, rank: int, world: int, seed: int, max_seq_length: int | None,
+    begin_id: int | None = None,
+) -> Feed:  # fmt: skip
+    """Return the feed that fits a data module's loader.
+
+    Args:
+        loader: what the data module gave.
+        micro_batch: rows that a rank takes at a time.
+        rank, world: this rank and the number of ranks.
+        seed: decides the order, where the loader does not.
+        max_seq_length: T.
+        begin_id: what begins a document in rows of a flat array, where documents are masked.
+    """
     if isinstance(loader, RowLoader):
-        return RowFeed(loader)
-    dataset = getattr(loader, "dataset", None)
-    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        return RowFeed(loader, begin_id)
+    if is_stream(loader):
         if world > 1 and not type(loader).__module__.startswith("litdata"):
             raise UserError(
                 f"{type(loader).__name__} deals every one of {world} ranks the same rows, "
@@ -169,3 +203,17 @@ def make_feed(
         seed=seed,
         max_seq_length=max_seq_length,
     )
+
+
+def is_stream(loader: Any) -> bool:
+    """Tell whether a loader can only be read forward."""
+    dataset = getattr(loader, "dataset", None)
+    return (
+        dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
+    )
+
+
+def held_out_batches(loader: Iterable[Any], begin_id: int | None = None) -> Iterator[Batch]:
+    """Yield the batches of one pass over a validation loader."""
+    for batch in loader:
+        yield pair(batch, begin_id=begin_id)

@@ -12,7 +12,6 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.prompts import Default
 from litgpt.types import LoggerChoice
-from litgpt.utils import auto_download_checkpoint, check_valid_checkpoint_dir
 
 from phi_lit.train.args import Sharding, Strategy, TrainArgs
 from phi_lit.train.pretrain import options_are_ours, run_stock
@@ -76,11 +75,11 @@ def setup(
     if not options_are_ours(arguments):
         run_stock(stock("litgpt.finetune.full.setup"), arguments)
         return
+    from phi_lit.train.foreign import base_checkpoint
     from phi_lit.train.job import Job
     from phi_lit.train.launch import launch
 
-    checkpoint_dir = auto_download_checkpoint(model_name=checkpoint_dir, access_token=access_token)
-    check_valid_checkpoint_dir(checkpoint_dir)
+    checkpoint_dir = base_checkpoint(checkpoint_dir, access_token)
     if data is None:
         from litgpt.data import Alpaca
 

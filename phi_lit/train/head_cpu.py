@@ -11,6 +11,7 @@ neighbouring vocabulary entries, into which the buffer is cut so that its parts 
 import torch
 from torch import Tensor
 
+from phi_lit.train.distillation import TeacherHead
 from phi_lit.train.gemm import product
 
 _TILE_BYTES = 24 << 20  # below 32 MB, glibc's largest threshold for asking the kernel for pages
@@ -28,6 +29,7 @@ class CpuHead:
         rows: rows of logits whose gradients are held at a time.
         z_loss: coefficient of the mean squared logsumexp.
         wanted: which gradients to make: of hidden states, weight, bias.
+        teacher: whose distribution is learned too, or None.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class CpuHead:
         rows: int,
         z_loss: float,
         wanted: tuple[bool, bool, bool],
+        teacher: TeacherHead | None = None,
     ) -> None:
         self.hidden_ND, self.weight_VD, self.bias_V = hidden_ND, weight_VD, bias_V
         self.rows, self.z_loss = min(rows, max(1, hidden_ND.shape[0])), z_loss
@@ -49,14 +52,16 @@ class CpuHead:
         # Sums are never kept in a half-precision type: 2048 rows added in bf16 lose 8 bits.
         self.exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         self.wants_hidden, self.wants_weight, self.wants_bias = wanted
+        self.teacher, self.share = teacher, 1 - teacher.share if teacher else 1.0
         self.hidden_grad_ND: Tensor | None = None
         self.bias_grad_V: Tensor | None = None
         self._weight_grads_DG: list[Tensor] = []
 
     def run(
         self, target_N: Tensor, counted_N: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """Return the summed loss, the summed z-loss and the gradients times `scale`.
+    ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Return the sums over rows (3,) of negative log-likelihood, z-loss and divergence from the
+        teacher, and the gradients of the loss made of them, times `scale`.
 
         Args:
             target_N: ids, any valid one where a row is not counted.
@@ -73,17 +78,17 @@ class CpuHead:
         buffer = self.hidden_ND.new_empty(
             (self.groups, self.rows, vocabulary // self.groups) if makes else (0, 0, 0)
         )
-        nll, z = torch.zeros((), dtype=self.exact), torch.zeros((), dtype=self.exact)
+        sums = torch.zeros(3, dtype=self.exact)
         for start in range(0, n_rows, self.rows):
             rows = slice(start, min(start + self.rows, n_rows))
-            self._losses(rows, target_N, weight_N, buffer, nll, z)
+            self._losses(rows, target_N, weight_N, buffer, sums)
             if makes:
                 self._products(rows, weight_N[rows, None], buffer[:, : rows.stop - start])
         del buffer  # before the weight's gradient is there twice
         scale = scale.to(self.exact)
         hidden_grad = None if self.hidden_grad_ND is None else self.hidden_grad_ND.mul_(scale)
         bias_grad = None if self.bias_grad_V is None else self.bias_grad_V.mul_(scale)
-        return nll, z, (hidden_grad, self._weight_grad(scale), bias_grad)
+        return sums, (hidden_grad, self._weight_grad(scale), bias_grad)
 
     def _losses(
         self,
@@ -91,14 +96,13 @@ class CpuHead:
         target_N: Tensor,
         weight_N: Tensor,
         buffer: Tensor,
-        nll: Tensor,
-        z: Tensor,
+        sums: Tensor,
     ) -> None:
         """Add the losses of a chunk; fill `buffer` (groups, rows, G) with the logits' gradient."""
         for start in range(rows.start, rows.stop, self.tile):
             tile = slice(start, min(start + self.tile, rows.stop))
             place = slice(tile.start - rows.start, tile.stop - rows.start)
-            self._tile(tile, target_N, weight_N, buffer[:, place], nll, z)
+            self._tile(tile, target_N, weight_N, buffer[:, place], sums)
 
     def _tile(
         self,
@@ -106,35 +110,50 @@ class CpuHead:
         target_N: Tensor,
         weight_N: Tensor,
         buffer: Tensor,
-        nll: Tensor,
-        z: Tensor,
+        sums: Tensor,
     ) -> None:
         """Do the same for as many rows as the allocator gives memory for without new pages."""
         logits = product(self.hidden_ND[tile], self.weight_VD, self.bias_V)
+        theirs = None if self.teacher is None else self.teacher.logits(tile)
         targets, weights = target_N[tile, None], weight_N[tile]
         for start in range(0, len(logits), self.few):
             few = slice(start, start + self.few)
-            p = self._few(logits[few].to(self.exact), targets[few], weights[few], nll, z)
+            x = logits[few].to(self.exact)
+            soft = None if theirs is None else self._soften(x, theirs[few], weights[few], sums)
+            p = self._few(x, targets[few], weights[few], sums)
+            if p is not None and soft is not None:
+                p.add_(soft)
             if p is not None and buffer.numel():
                 buffer[:, few].copy_(p.view(len(p), self.groups, -1).transpose(0, 1))
 
-    def _few(
-        self, x: Tensor, target: Tensor, weight: Tensor, nll: Tensor, z: Tensor
-    ) -> Tensor | None:
+    @property
+    def _wants(self) -> bool:
+        return self.wants_hidden or self.wants_weight or self.wants_bias
+
+    def _soften(self, x: Tensor, theirs: Tensor, weight: Tensor, sums: Tensor) -> Tensor | None:
+        """Add the divergence from the teacher; return its part of the logits' gradient."""
+        assert self.teacher is not None
+        divergence, soft = self.teacher.compare(x, theirs, want_gradient=self._wants)
+        sums[2] += divergence.mul_(weight).sum()
+        if soft is not None and self.bias_grad_V is not None:
+            self.bias_grad_V.addmv_(soft.t(), weight)
+        return soft
+
+    def _few(self, x: Tensor, target: Tensor, weight: Tensor, sums: Tensor) -> Tensor | None:
         """Add the losses of a few rows; return the gradient of their logits, made in place."""
         target_logit = x.gather(1, target).squeeze(1)
         largest = x.amax(1, keepdim=True)
         p = torch.softmax(x, 1, out=x)
         # The largest probability is 1 / sum(exp(x - largest)), exact to the last bits.
         lse = (largest - p.amax(1, keepdim=True).log_()).squeeze(1)
-        nll += (lse - target_logit).mul_(weight).sum()
+        sums[0] += (lse - target_logit).mul_(weight).sum()
         if self.z_loss:
-            z += (lse.square() * weight).sum() * self.z_loss
-        if not (self.wants_hidden or self.wants_weight or self.wants_bias):
+            sums[1] += (lse.square() * weight).sum() * self.z_loss
+        if not self._wants:
             return None
-        if self.z_loss:
-            p.mul_((1 + 2 * self.z_loss * lse).unsqueeze(1))
-        p.scatter_add_(1, target, p.new_full((), -1.0).expand(target.shape))
+        if self.z_loss or self.share != 1:
+            p.mul_((self.share + 2 * self.z_loss * lse).unsqueeze(1))
+        p.scatter_add_(1, target, p.new_full((), -self.share).expand(target.shape))
         if self.bias_grad_V is not None:
             self.bias_grad_V.addmv_(p.t(), weight)
         return p

@@ -13,6 +13,7 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.prompts import PromptStyle
 
+from phi_lit.train.adaptation import Adaptation
 from phi_lit.train.args import TrainArgs
 
 
@@ -31,6 +32,8 @@ class Job:
     """What chat and generate put around a prompt, stored with each checkpoint."""
     arguments: dict[str, Any]
     """The command's parameters by name, to be recorded."""
+    adaptation: Adaptation | None = None
+    """How few parameters are finetuned; None for all."""
 
     @property
     def train(self) -> TrainArgs:
@@ -41,6 +44,11 @@ class Job:
     def eval(self) -> EvalArgs:
         """The validation options."""
         return self.arguments["eval"]
+
+    @property
+    def quantize(self) -> str | None:
+        """How frozen weights are quantized (`bnb.nf4` and the like), or None."""
+        return self.arguments.get("quantize")
 
     @property
     def length(self) -> int:

@@ -23,13 +23,18 @@ from phi_lit.data.tokenizer import load_tokenizer
 from phi_lit.files import disk_errors
 from phi_lit.registry import VOCABULARY
 from phi_lit.train import checkpoint
+from phi_lit.train.adaptation import quantizer
 from phi_lit.train.args import TrainArgs, raise_together
 from phi_lit.train.build import build
+from phi_lit.train.deepspeed import check_deepspeed
+from phi_lit.train.experts import expert_faults
 from phi_lit.train.job import Job, Machine, flat, plain
 from phi_lit.train.loop import Run, Stopped, fit, is_due, validate
+from phi_lit.train.microbatch import out_of_memory
 from phi_lit.train.monitor import memory, read_record
 from phi_lit.train.optim import MATRICES_ONLY, parse_optimizer
 from phi_lit.train.strategy import check_precision, check_strategy, make_strategy
+from phi_lit.train.teacher import faults_of as faults_of_teacher
 
 
 def launch(job: Job) -> None:
@@ -37,11 +42,12 @@ def launch(job: Job) -> None:
     arguments = job.arguments
     job.tokenizer_dir = _existing(job.tokenizer_dir)
     job.weights_dir = _existing(job.weights_dir)
+    job.train.teacher = _existing(job.train.teacher)
     out_dir = init_out_dir(arguments["out_dir"])
     machine = Machine(
         devices=parse_devices(arguments["devices"]),
         num_nodes=arguments["num_nodes"],
-        precision=arguments["precision"] or get_default_supported_precision(training=True),
+        precision=arguments["precision"] or _default_precision(job),
         kind="cuda" if torch.cuda.is_available() else "cpu",
     )
     check(job, machine)
@@ -56,7 +62,8 @@ def launch(job: Job) -> None:
         accelerator=machine.kind,
         devices=machine.devices,
         num_nodes=machine.num_nodes,
-        precision=machine.precision,  # type: ignore[arg-type]
+        precision=_fabric_precision(job, machine),  # type: ignore[arg-type]
+        plugins=quantizer(job.quantize, machine.precision) if job.quantize else None,
         loggers=[logger],
         strategy=make_strategy(
             arguments["strategy"] or "auto",
@@ -65,33 +72,50 @@ def launch(job: Job) -> None:
             precision=machine.precision,
             devices=machine.devices,
             num_nodes=machine.num_nodes,
+            checkpointing=job.train.activation_checkpointing or "none",
         ),
     )
     fabric.launch()
     fabric.print(pprint.pformat(plain(arguments), width=100))
     if fabric.global_rank == 0 and arguments["logger_name"] != "csv":  # which cannot
         fabric.logger.log_hyperparams(flat(plain(arguments)))
-    run = build(job, machine, fabric, out_dir)
-    try:
-        _train(job, run)
-    finally:
-        run.monitor.close()
+    with out_of_memory(job):
+        run = build(job, machine, fabric, out_dir)
+        try:
+            _train(job, run)
+        finally:
+            run.monitor.close()
+
+
+def _fabric_precision(job: Job, machine: Machine) -> str | None:
+    """Return what Fabric is to know: DeepSpeed and quantized layers cast by themselves."""
+    if job.quantize:
+        return None
+    return "32-true" if job.arguments["strategy"] == "deepspeed" else machine.precision
+
+
+def _default_precision(job: Job) -> str:
+    if job.quantize:
+        return "bf16-true" if torch.cuda.is_available() else "32-true"
+    return get_default_supported_precision(training=True)
 
 
 def check(job: Job, machine: Machine) -> None:
     """Raise one `UserError` with everything that is wrong with a job's arguments."""
     arguments, train = job.arguments, job.train
     strategy = arguments["strategy"] or "auto"
+    strategy = "fsdp" if strategy == "auto" and machine.world > 1 else strategy
     faults = train.check()
     faults += check_precision(machine.precision, device=machine.kind, strategy=strategy)
     faults += check_strategy(
-        "fsdp" if strategy == "auto" and machine.world > 1 else strategy,
+        strategy,
         world=machine.world,
         device=machine.kind,
         precision=machine.precision,
         cpu_offload=arguments["cpu_offload"],
     )
     faults += _batch_faults(train, machine.world)
+    faults += expert_faults(train, job.config)
     if arguments["resume"] and arguments.get("initial_checkpoint_dir"):
         faults.append("resume and initial_checkpoint_dir are both given; choose one")
     length = train.max_seq_length
@@ -103,12 +127,24 @@ def check(job: Job, machine: Machine) -> None:
     if train.async_save and train.checkpoint_format == "sharded":
         faults.append("train.async_save writes whole tensors; leave out checkpoint_format: sharded")
     faults += _vocabulary_faults(job)
+    faults += faults_of_teacher(job, machine, strategy)
+    if job.adaptation is not None:
+        faults += job.adaptation.faults(job)
+    if job.quantize and machine.world > 1:
+        faults.append("quantize works on one device; set devices: 1")
     optimizer, _ = parse_optimizer(arguments["optimizer"])
     fp16 = machine.precision == "16-mixed"
     if fp16 and optimizer.__name__ in MATRICES_ONLY:
         faults.append(f"{optimizer.__name__} needs whole gradients of one scale; use bf16-mixed")
     if fp16 and machine.world > 1 and train.checkpoint_format == "sharded":
         faults.append("train.checkpoint_format: sharded needs FSDP2, which has no 16-mixed")
+    if strategy == "deepspeed":
+        faults += check_deepspeed(
+            sharding=arguments["sharding"] or "full", precision=machine.precision,
+            optimizer=optimizer,
+        )  # fmt: skip
+        if train.checkpoint_format == "sharded":
+            faults.append("train.checkpoint_format: sharded needs strategy fsdp, not deepspeed")
     raise_together(faults)
 
 
@@ -180,13 +216,26 @@ def _train(job: Job, run: Run) -> None:
             checkpoint.consolidate(last)
         checkpoint.copy_as_final(last, run.out_dir / "final")
         run.monitor.close()
+        if job.arguments.get("lora_r") and job.adaptation is not None:
+            _merge(job, run)
         _summarize(job, run)
     fabric.barrier()
+
+
+def _merge(job: Job, run: Run) -> None:
+    """Make ordinary checkpoints of the last and the best LoRA weights."""
+    from phi_lit.merge import merge_into
+
+    assert job.weights_dir is not None
+    settings = {name: value for name, value in job.arguments.items() if name.startswith("lora_")}
+    for name in ("final", "best") if run.train.keep_best else ("final",):
+        merge_into(run.out_dir / name, job.weights_dir, settings)
 
 
 def _summarize(job: Job, run: Run) -> None:
     """Draw the loss curve and print what a reader wants to know at the end."""
     from phi_lit.train.plot import plot_losses
+    from phi_lit.train.plot_experts import plot_experts
 
     rows = read_record(run.out_dir)
     entropy = getattr(job.data, "unigram_entropy", lambda: None)()
@@ -196,6 +245,9 @@ def _summarize(job: Job, run: Run) -> None:
         title=f"{job.command} {job.config.name}",
         reference={} if entropy is None else {"unigram entropy": entropy},
     )
+    routed = any("experts" in row for row in rows)
+    if routed:
+        plot_experts(rows, run.out_dir / "experts.png", title=f"{job.command} {job.config.name}")
     held_out = [row["val_loss"] for row in rows if "val_loss" in row]
     lines = {"steps": f"{run.place.step:,}", "tokens": f"{rows[-1]['tokens']:,}" if rows else "0"}
     if held_out:
@@ -211,6 +263,8 @@ def _summarize(job: Job, run: Run) -> None:
     if run.place.skipped:
         lines["skipped steps"] = f"{run.place.skipped:,}"
     lines["loss curve"] = str(run.out_dir / "losses.png")
+    if routed:
+        lines["expert load"] = str(run.out_dir / "experts.png")
     lines["checkpoint"] = str(run.out_dir / "final")
     width = max(map(len, lines))
     for name, value in lines.items():

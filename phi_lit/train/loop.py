@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,9 +27,12 @@ from phi_lit.train import checkpoint, state
 from phi_lit.train.args import TrainArgs
 from phi_lit.train.checkpoint import Background, Place
 from phi_lit.train.course import Course
-from phi_lit.train.feed import IGNORE, Feed, pair
+from phi_lit.train.deepspeed import ZeroStrategy
+from phi_lit.train.experts import Experts
+from phi_lit.train.feed import Batch, Feed
 from phi_lit.train.init import reseed
 from phi_lit.train.monitor import Monitor
+from phi_lit.train.together import together
 
 EXPLODED = 3.0
 """A loss above this many times that of a uniform guess counts as exploded."""
@@ -40,14 +44,14 @@ class Run:
 
     fabric: Fabric
     module: nn.Module
-    """The training module in Fabric's wrapper; called with (inputs, targets) it returns the
-    loss."""
+    """The training module in Fabric's wrapper; called with (inputs, targets, denominator,
+    documents) it returns the loss."""
     optimizers: list[Optimizer]
     """In Fabric's wrapper."""
     peaks: list[list[float]]
     """The highest learning rate of each optimizer's groups, as configured."""
     feed: Feed
-    held_out: Callable[[], Iterable[Any]]
+    held_out: Callable[[], Iterable[Batch]]
     """Makes one pass over the validation batches."""
     course: Course
     train: TrainArgs
@@ -59,11 +63,17 @@ class Run:
     """What a resumed run must match."""
     write_side_files: Callable[[Path], None]
     """Writes what makes a checkpoint directory LitGPT's: config, tokenizer, prompt style."""
+    weights_file: str
+    """Where LitGPT looks for the weights that train."""
     uniform_loss: float
     """Loss of a uniform guess: ln(vocabulary)."""
+    experts: Experts
+    """The model's layers of experts, if it has any."""
     sample: Callable[[], str] | None = None
     """Lets the model write, or None."""
     background: Background | None = None
+    rows_without_target: int = 0
+    """Rows since this process began that taught nothing: their answers were cut away."""
 
     def __post_init__(self) -> None:
         if self.train.async_save:
@@ -120,7 +130,7 @@ def step_once(run: Run, *, stop: bool) -> bool:
     # A step's loss is the mean over all its target tokens, wherever they lie: masked targets may
     # be spread unevenly over micro-batches and ranks. Ranks' gradients are averaged, hence the
     # number of ranks.
-    total = _total(fabric, sum(int((targets != IGNORE).sum()) for _, targets in batches))
+    total, empty = _count_targets(fabric, batches)
     if not total:
         run.monitor.say(
             f"step {step + 1}: not one target among its rows; are the answers cut off by "
@@ -128,42 +138,66 @@ def step_once(run: Run, *, stop: bool) -> bool:
         )
     denominator = max(total, 1) / fabric.world_size
     loss_sum = torch.zeros((), device=fabric.device)
-    for micro, (inputs, targets) in enumerate(batches):
+    run.experts.begin(fabric, [batch.inputs.numel() for batch in batches])
+    for micro, batch in enumerate(batches):
         reseed(run.seed, step, micro, fabric.global_rank)
+        run.experts.weigh(micro, _loss_scale(fabric))
         last = micro == course.accumulate - 1
         with fabric.no_backward_sync(run.module, enabled=not last):
-            loss = run.module(fabric.to_device(inputs), fabric.to_device(targets), denominator)
+            inputs, targets, documents = fabric.to_device(batch)
+            loss = run.module(inputs, targets, denominator, documents)
             fabric.backward(loss)
+        run.experts.note(micro)
         loss_sum += loss.detach().float() / fabric.world_size
-    mean, stop = _reduce(fabric, loss_sum, stop)
+    mean, stop, parts = _reduce(run, loss_sum, stop)
     norm = _clip(run)
-    if _is_good(run, mean, norm):
+    good = _is_good(run, mean, norm)
+    if good:
         for optimizer in run.optimizers:
             optimizer.step()
+        if not math.isfinite(norm):  # the loss scale was too high, and the scaler left it out
+            run.place.skipped += 1
     else:
         _handle_bad(run, mean, norm)
+    routed = run.experts.finish(fabric, move_biases=good and math.isfinite(norm))
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
     run.place.step += 1
     run.place.rows = run.feed.position
-    _report(run, mean, norm, seconds=time.perf_counter() - began)
+    run.rows_without_target += empty
+    _report(run, mean, norm, {**parts, **routed}, seconds=time.perf_counter() - began)
     return stop
 
 
-def _total(fabric: Fabric, count: int) -> int:
-    if fabric.world_size == 1:
-        return count
-    counted = torch.tensor(count, device=fabric.device)
-    return int(fabric.all_reduce(counted, reduce_op="sum"))
-
-
-def _reduce(fabric: Fabric, loss: Tensor, stop: bool) -> tuple[float, bool]:
-    """Return (the loss of all ranks, whether any of them wants to stop)."""
-    figures = torch.stack([loss, torch.tensor(float(stop), device=loss.device)])
+def _count_targets(fabric: Fabric, batches: list[Batch]) -> tuple[int, int]:
+    """Return how many targets a step has, and how many rows without one, over all ranks."""
+    counts = [
+        sum(batch.n_targets for batch in batches),
+        sum(batch.n_rows_without_target for batch in batches),
+    ]
     if fabric.world_size > 1:
-        figures = fabric.all_reduce(figures, reduce_op="sum")
+        counts = fabric.all_reduce(
+            torch.tensor(counts, device=fabric.device), reduce_op="sum"
+        ).tolist()
+    return counts[0], counts[1]
+
+
+def _reduce(run: Run, loss: Tensor, stop: bool) -> tuple[float, bool, dict[str, float]]:
+    """Return (the loss of all ranks, whether any of them wants to stop, the loss's parts)."""
+    world, parts = run.fabric.world_size, getattr(unwrapped(run.module), "summed", {})
+    figures = torch.stack(
+        [
+            loss,
+            torch.tensor(float(stop), device=loss.device),
+            *(part / world for part in parts.values()),
+        ]
+    )
+    if world > 1:
+        figures = run.fabric.all_reduce(figures, reduce_op="sum")
     values = figures.tolist()
-    return values[0], values[1] > 0
+    named = dict(zip(parts, values[2:], strict=True))
+    parts.clear()
+    return values[0], values[1] > 0, named
 
 
 def _clip(run: Run) -> float:
@@ -184,6 +218,11 @@ def _scaler(fabric: Fabric) -> Any:
     return getattr(fabric._precision, "scaler", None)
 
 
+def _loss_scale(fabric: Fabric) -> float:
+    scaler = _scaler(fabric)
+    return 1.0 if scaler is None else scaler.get_scale()
+
+
 def _is_good(run: Run, loss: float, norm: float) -> bool:
     # With a loss scale an infinite gradient is ordinary: the scaler leaves the step out itself.
     norm_is_good = math.isfinite(norm) or _scaler(run.fabric) is not None
@@ -196,6 +235,8 @@ def _handle_bad(run: Run, loss: float, norm: float) -> None:
         run.place.skipped += 1
         if (scaler := _scaler(run.fabric)) is not None:
             scaler.update()  # closes the step that `_clip` opened by unscaling
+        if isinstance(run.fabric.strategy, ZeroStrategy):
+            run.fabric.strategy.skip_step()
         run.monitor.say(f"{what}: step skipped ({run.place.skipped} so far)")
         return
     finish_saving(run)
@@ -208,14 +249,16 @@ def _handle_bad(run: Run, loss: float, norm: float) -> None:
     )
 
 
-def _report(run: Run, loss: float, norm: float, *, seconds: float) -> None:
+def _report(run: Run, loss: float, norm: float, parts: dict[str, Any], *, seconds: float) -> None:
     scaler = _scaler(run.fabric)
-    figures = {
+    figures: dict[str, Any] = {
         "loss": loss,
+        **parts,
         "learning_rate": run.course.rate(run.place.step - 1, run.peaks[0][0]),
         "grad_norm": norm,
         **({} if scaler is None else {"loss_scale": scaler.get_scale()}),
         **({"skipped": run.place.skipped} if run.place.skipped else {}),
+        **({"rows_without_target": run.rows_without_target} if run.rows_without_target else {}),
     }
     if run.feed.rows_per_epoch:
         figures["epoch"] = run.feed.position / run.feed.rows_per_epoch
@@ -237,10 +280,10 @@ def validate(run: Run) -> float:
     for number, batch in enumerate(run.held_out()):
         if number * fabric.world_size >= run.course.validate_batches:
             break  # the same rows on any number of ranks
-        inputs, targets = pair(batch)
-        count = int((targets != IGNORE).sum())
+        count = batch.n_targets
         # Even a batch without a target runs: the other ranks' shards are gathered in the forward.
-        loss = run.module(fabric.to_device(inputs), fabric.to_device(targets))
+        inputs, targets, documents = fabric.to_device(batch)
+        loss = run.module(inputs, targets, None, documents)
         sums += torch.stack([loss.double() * count, loss.new_tensor(count).double()])
     if fabric.world_size > 1:
         sums = fabric.all_reduce(sums, reduce_op="sum")
@@ -268,30 +311,28 @@ def save(run: Run) -> None:
     whole = run.train.checkpoint_format != "sharded"
     module = unwrapped(run.module)
     model_state, optimizer_state = state.gather(module, raw, whole=whole)
+    first = run.fabric.global_rank == 0
     if not whole:
         checkpoint.write_sharded(
             directory, model_state, optimizer_state, place, run.identity, run.write_side_files,
-            rank=run.fabric.global_rank, world=run.fabric.world_size, barrier=run.fabric.barrier,
+            rank=run.fabric.global_rank, world=run.fabric.world_size,
+            together=partial(together, run.fabric),
         )  # fmt: skip
-        if run.fabric.global_rank == 0:
-            _point(run, directory, place)
+        together(run.fabric, (lambda: _point(run, directory, place)) if first else None)
         return
-    if run.fabric.global_rank != 0:
-        return
-    if run.background is not None:
+    if first and run.background is not None:
         model_state = state.to_host(model_state)
         optimizer_state = state.to_host(optimizer_state)
 
     def write() -> None:
         checkpoint.write_whole(
-            directory, model_state, optimizer_state, place, run.identity, run.write_side_files
-        )
+            directory, model_state, optimizer_state, place, run.identity, run.write_side_files,
+            weights_file=run.weights_file,
+        )  # fmt: skip
         _point(run, directory, place)
 
-    if run.background is not None:
-        run.background.start(write)
-    else:
-        write()
+    start = write if run.background is None else partial(run.background.start, write)
+    together(run.fabric, start if first else None)
 
 
 def _point(run: Run, directory: Path, place: Place) -> None:
@@ -308,9 +349,7 @@ def _point(run: Run, directory: Path, place: Place) -> None:
 
 def finish_saving(run: Run) -> None:
     """Wait for a checkpoint that is being written in the background."""
-    if run.background is not None:
-        run.background.wait()
-    run.fabric.barrier()
+    together(run.fabric, run.background.wait if run.background is not None else None)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from phi_lit.train import liger
+from phi_lit.train.distillation import TeacherHead
 from phi_lit.train.head_cpu import CpuHead
 
 Backend = Literal["auto", "torch", "liger"]
@@ -21,6 +22,10 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 """Room for the logits of one chunk, counted in float32. On a CPU 256 rows of 51,200 logits keep the
 matrix products at full speed (512 took as long and 53 MB more of a step's 632); a GPU wants larger
 products."""
+
+TEACHER_CHUNKS = 4
+"""How many chunks of logits a teacher adds beside the student's: they get this much shorter on a
+GPU. On a CPU all but one are made in tiles."""
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of hidden states, weight and bias; None where not wanted."""
@@ -32,13 +37,17 @@ class HeadLoss(NamedTuple):
     """What `linear_cross_entropy` returns; all are 0-d tensors, only `loss` carries a gradient."""
 
     loss: Tensor
-    """What to minimise: `cross_entropy + z_loss`."""
+    """What to minimise: `cross_entropy + z_loss`, or with a teacher `(1 - share) * cross_entropy +
+    share * T^2 * divergence + z_loss`."""
     cross_entropy: Tensor
     """Mean negative log-likelihood over the counted targets, detached."""
     z_loss: Tensor
     """The coefficient times the mean of logsumexp squared, detached."""
     count: Tensor
     """How many targets counted (int64)."""
+    divergence: Tensor
+    """Mean KL(teacher || student) at the temperature over the counted targets, detached; zero
+    without a teacher."""
 
 
 def linear_cross_entropy(
@@ -52,6 +61,7 @@ def linear_cross_entropy(
     denominator: Tensor | float | None = None,
     chunk: int | None = None,
     backend: Backend = "auto",
+    teacher: TeacherHead | None = None,
 ) -> HeadLoss:
     """Cross-entropy of `hidden @ weight.T + bias` against `target`, plus an optional z-loss.
 
@@ -68,6 +78,8 @@ def linear_cross_entropy(
             "torch" backend: liger chooses its own.
         backend: "torch" is the code below; "liger" is liger-kernel's fused operation (CUDA only);
             "auto" takes liger where it is installed and can do what is asked.
+        teacher: whose distribution is to be learned too, for the same N rows; see
+            `distillation.py`. No gradient reaches it.
 
     Under autocast the products run in autocast's type, as `F.linear` would; softmax, loss and the
     summed gradients are float32 (float64 for float64 input). Only the products see float16, with
@@ -78,32 +90,40 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes or types that do not fit, or a backend that cannot do what is asked.
     """
-    _check(hidden_ND, weight_VD, bias_V, target_N)
+    _check(hidden_ND, weight_VD, bias_V, target_N, teacher)
     count = (target_N != ignore_index).sum()
     if denominator is None:
         denominator = count.clamp(min=1)
     scale = torch.as_tensor(denominator, dtype=torch.float64, device=hidden_ND.device).reciprocal()
-    if chunk is None and _use_liger(backend, hidden_ND):
+    if chunk is None and _use_liger(backend, hidden_ND, teacher):
         total, z = liger.summed_loss(
             hidden_ND, weight_VD, bias_V, target_N, ignore_index=ignore_index, z_loss=z_loss
         )
         scale = scale.to(total.dtype)
         loss, z = total * scale, z * scale
-        return HeadLoss(loss, loss.detach() - z, z, count)
-    rows = chunk or chunk_rows(weight_VD.shape[0], hidden_ND.device.type)
-    loss, cross_entropy, z = _chunked(
-        hidden_ND, weight_VD, bias_V, target_N, scale, ignore_index, z_loss, rows
+        return HeadLoss(loss, loss.detach() - z, z, count, torch.zeros_like(z))
+    rows = chunk or chunk_rows(weight_VD.shape[0], hidden_ND.device.type, teacher is not None)
+    loss, cross_entropy, z, divergence = _chunked(
+        hidden_ND, weight_VD, bias_V, target_N, scale, ignore_index, z_loss, rows, teacher
     )
-    return HeadLoss(loss, cross_entropy, z, count)
+    return HeadLoss(loss, cross_entropy, z, count, divergence)
 
 
-def chunk_rows(vocabulary: int, device_type: str = "cpu") -> int:
+def chunk_rows(vocabulary: int, device_type: str = "cpu", teacher: bool = False) -> int:
     """Rows of logits to hold at a time: the power of two that fills `CHUNK_BYTES`, at least 16."""
     room = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocabulary)
+    if teacher and device_type != "cpu":
+        room //= TEACHER_CHUNKS
     return max(16, 1 << (max(room, 1).bit_length() - 1))
 
 
-def _check(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor) -> None:
+def _check(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    teacher: TeacherHead | None,
+) -> None:
     faults = []
     if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
         faults.append(f"hidden {tuple(hidden_ND.shape)} does not fit weight {weight_VD.shape}")
@@ -114,6 +134,11 @@ def _check(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N
             f"targets are {target_N.dtype} {tuple(target_N.shape)}, "
             f"int64 {tuple(hidden_ND.shape[:1])} is needed"
         )
+    if teacher is not None:
+        last = teacher.hidden_ND if teacher.weight_VD is None else teacher.weight_VD.t()
+        found, needed = (len(teacher.hidden_ND), last.shape[1]), (len(hidden_ND), len(weight_VD))
+        if found != needed:
+            faults.append(f"the teacher's logits are {found}, the student's {needed}")
     if faults:
         raise ValueError(f"linear_cross_entropy: {'; '.join(faults)}")
 
@@ -128,10 +153,11 @@ def _chunked(
     ignore_index: int,
     z_loss: float,
     rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    teacher: TeacherHead | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     want = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
-        hidden_ND, weight_VD, bias_V, target_N, scale, ignore_index, z_loss, rows, want
+        hidden_ND, weight_VD, bias_V, target_N, scale, ignore_index, z_loss, rows, want, teacher
     )
 
 
@@ -163,7 +189,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         rows: int,
         want: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        teacher: TeacherHead | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = _compute_dtype(hidden_ND, weight_VD)
         parts = [
             None if x is None else x.detach().to(dtype) for x in (hidden_ND, weight_VD, bias_V)
@@ -173,13 +200,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target_N = torch.where(counted_N, target_N, 0)
         head = CpuHead if hidden_ND.device.type == "cpu" else PlainHead
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            nll, z, ctx.gradients = head(*parts, rows=rows, z_loss=z_loss, wanted=wanted).run(
-                target_N, counted_N, scale
-            )
+            sums, ctx.gradients = head(
+                *parts, rows=rows, z_loss=z_loss, wanted=wanted, teacher=teacher
+            ).run(target_N, counted_N, scale)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden_ND, weight_VD, bias_V)]
-        cross_entropy, z = (nll * scale).to(nll.dtype), (z * scale).to(nll.dtype)
-        ctx.mark_non_differentiable(cross_entropy, z)
-        return cross_entropy + z, cross_entropy, z
+        cross_entropy, z, divergence = (sums.double() * scale).to(sums.dtype).unbind()
+        ctx.mark_non_differentiable(cross_entropy, z, divergence)
+        loss = teacher.mix(cross_entropy, divergence) if teacher else cross_entropy
+        return loss + z, cross_entropy, z, divergence
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -194,7 +222,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for g, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         del gradients
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None, None)
 
 
 def _graph_is_kept() -> bool:
@@ -223,17 +251,18 @@ class PlainHead:
         rows: int,
         z_loss: float,
         wanted: tuple[bool, bool, bool],
+        teacher: TeacherHead | None = None,
     ) -> None:
         self.hidden_ND, self.weight_VD, self.bias_V = hidden_ND, weight_VD, bias_V
         self.rows, self.z_loss = min(rows, max(hidden_ND.shape[0], 1)), z_loss
         # Sums are never kept in a half-precision type: 2048 rows added in bf16 lose 8 bits.
         self.exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         self.wants_hidden, self.wants_weight, self.wants_bias = wanted
+        self.teacher, self.share = teacher, 1 - teacher.share if teacher else 1.0
 
-    def run(
-        self, target_N: Tensor, counted_N: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor, Gradients]:
-        """Return the summed loss, the summed z-loss and the gradients times `scale`.
+    def run(self, target_N: Tensor, counted_N: Tensor, scale: Tensor) -> tuple[Tensor, Gradients]:
+        """Return the sums over rows (3,) of negative log-likelihood, z-loss and divergence from the
+        teacher, and the gradients of the loss made of them, times `scale`.
 
         Args:
             target_N: ids, any valid one where a row is not counted.
@@ -241,7 +270,7 @@ class PlainHead:
             scale: what the gradients are multiplied by.
         """
         scale = scale.to(self.exact)
-        nll, z = (self.hidden_ND.new_zeros((), dtype=self.exact) for _ in range(2))
+        sums = self.hidden_ND.new_zeros(3, dtype=self.exact)
         hidden_grad, weight_grad, bias_grad = (
             torch.zeros_like(x, dtype=self.exact) if x is not None and wants else None
             for x, wants in (
@@ -254,7 +283,7 @@ class PlainHead:
             rows = slice(start, start + self.rows)
             weight = counted_N[rows].to(self.exact)
             logits = self._logits(self.hidden_ND[rows])
-            p = self._losses(logits, target_N[rows, None], weight, nll, z)
+            p = self._losses(rows, logits, target_N[rows, None], weight, sums)
             if p is None:
                 continue
             if bias_grad is not None:
@@ -271,7 +300,7 @@ class PlainHead:
         for grad in (weight_grad, bias_grad):
             if grad is not None:
                 grad.mul_(scale)
-        return nll, z, (hidden_grad, weight_grad, bias_grad)
+        return sums, (hidden_grad, weight_grad, bias_grad)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         if self.bias_V is None:
@@ -279,22 +308,29 @@ class PlainHead:
         return torch.addmm(self.bias_V, hidden, self.weight_VD.t())
 
     def _losses(
-        self, logits: Tensor, target: Tensor, weight: Tensor, nll: Tensor, z: Tensor
+        self, rows: slice, logits: Tensor, target: Tensor, weight: Tensor, sums: Tensor
     ) -> Tensor | None:
         """Add the losses of a chunk; return the gradient of its logits, if one is wanted."""
+        wants = self.wants_hidden or self.wants_weight or self.wants_bias
         x = logits.to(self.exact)
+        soft = None
+        if self.teacher is not None:
+            theirs = self.teacher.logits(rows)
+            divergence, soft = self.teacher.compare(x, theirs, want_gradient=wants)
+            sums[2] += (divergence * weight).sum()
         log_p = torch.log_softmax(x, 1)
         negative = -log_p.gather(1, target).squeeze(1)
         lse = x.gather(1, target).squeeze(1) + negative
-        nll += (negative * weight).sum()
+        sums[0] += (negative * weight).sum()
         if self.z_loss:
-            z += (lse.square() * weight).sum() * self.z_loss
-        if not (self.wants_hidden or self.wants_weight or self.wants_bias):
+            sums[1] += (lse.square() * weight).sum() * self.z_loss
+        if not wants:
             return None
         p = log_p.exp_()
-        if self.z_loss:
-            p.mul_((1 + 2 * self.z_loss * lse).unsqueeze(1))
-        return p.scatter_add_(1, target, p.new_full((), -1.0).expand(target.shape))
+        if self.z_loss or self.share != 1:
+            p.mul_((self.share + 2 * self.z_loss * lse).unsqueeze(1))
+        p.scatter_add_(1, target, p.new_full((), -self.share).expand(target.shape))
+        return p if soft is None else p.add_(soft)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -307,11 +343,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.add_(a @ b)
 
 
-def _use_liger(backend: Backend, hidden_ND: Tensor) -> bool:
+def _use_liger(backend: Backend, hidden_ND: Tensor, teacher: TeacherHead | None) -> bool:
     """Whether liger-kernel does this call; "liger" insists and says what is missing."""
     if backend not in ("auto", "torch", "liger"):
         raise ValueError(f"loss backend is {backend!r}; choose 'auto', 'torch' or 'liger'.")
     missing = [] if backend == "torch" else liger.what_is_missing(hidden_ND)
+    if teacher is not None:
+        missing.append("it knows no teacher")
     if missing and backend == "liger":
         raise ValueError(
             f"loss backend 'liger' cannot do this: {'; '.join(missing)}. Choose 'auto'."
@@ -326,6 +364,7 @@ def plain_loss(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     denominator: Tensor | float | None = None,
+    teacher: TeacherHead | None = None,
 ) -> HeadLoss:
     """The same loss from whole logits: for heads that are not one linear layer."""
     logits_NV = logits_NV.float()
@@ -333,7 +372,15 @@ def plain_loss(
     count = counted_N.sum()
     scale = 1.0 / (count.clamp(min=1) if denominator is None else denominator)
     nll = F.cross_entropy(logits_NV, target_N, ignore_index=ignore_index, reduction="sum") * scale
-    if not z_loss:
-        return HeadLoss(nll, nll.detach(), torch.zeros_like(nll), count)
-    z = z_loss * (logits_NV.logsumexp(1).square() * counted_N).sum() * scale
-    return HeadLoss(nll + z, nll.detach(), z.detach(), count)
+    loss, z, divergence = nll, torch.zeros_like(nll), torch.zeros_like(nll)
+    if teacher is not None:
+        tau = teacher.temperature
+        log_q, log_p = (
+            torch.log_softmax(x.float() / tau, 1) for x in (logits_NV, teacher.logits(slice(None)))
+        )
+        kl_N = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+        divergence = (kl_N * counted_N).sum() * scale
+        loss = teacher.mix(nll, divergence)
+    if z_loss:
+        z = z_loss * (logits_NV.logsumexp(1).square() * counted_N).sum() * scale
+    return HeadLoss(loss + z, nll.detach(), z.detach(), count, divergence.detach())

@@ -1,8 +1,9 @@
 """What a mixture of experts saves for its backward pass, in bytes per token of an average layer.
 
-Belongs to `memory.py`; the layer is `extensions/phi_moe`. On a CPU its experts are one operation
-that keeps the first products alone; on a GPU they are PyTorch's grouped products with everything
-between them. Letters: D hidden size, F inner size of an expert, K experts kept, E experts.
+Belongs to `activations.py`; the layer is `extensions/phi_moe`. On a CPU its experts are one
+operation that keeps the first products alone; on a GPU they are PyTorch's grouped products with
+everything between them. Letters: D hidden size, F inner size of an expert, K experts kept, E
+experts.
 """
 
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from litgpt.config import Config
 
-    from phi_lit.train.memory import Layout
+    from phi_lit.train.layout import Layout
 
 MLP_CLASS = "PhiMoE"
 
@@ -79,7 +80,7 @@ def _layer_bytes(config: "Config", layout: "Layout", replaced: bool) -> float:
     routing = 24 * kept + kept * config.n_expert  # weights, order, which expert is whose
     routing += 4 * d if s == 2 else 0  # the router reads float32
     shared = s * (config.n_shared_expert or 0) * (first + inner) / kept
-    norm = 0 if replaced else (layout.parameter_bytes + s) * d
+    norm = 0 if replaced else (layout.weight_bytes + s) * d
     if layout.device == "cpu":
         return s * first + routing + shared + norm
     rows_of_bias = 2 * kept * config.n_expert if config.bias else 0

@@ -5,12 +5,16 @@ its head stepping aside. Parameters, their names and the model's own use for gen
 untouched. Also here: compiling it block by block.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litgpt.model import GPT
 from torch import Tensor, nn
 
+from phi_lit.train.documents import forward_within_documents
 from phi_lit.train.loss import Backend, HeadLoss, linear_cross_entropy, plain_loss
+
+if TYPE_CHECKING:
+    from phi_lit.train.teacher import Teacher
 
 
 class SteppingAsideHead(nn.Linear):
@@ -23,6 +27,37 @@ class SteppingAsideHead(nn.Linear):
         return input if self.aside else super().forward(input)
 
 
+def plain_head(gpt: GPT) -> nn.Linear | None:
+    """Return the one linear layer that makes the logits, or None where more is done to them.
+
+    A LoRA model that leaves its head alone has one, inside of LitGPT's wrapper.
+    """
+    head = gpt.lm_head
+    if getattr(head, "r", None) == 0:
+        head = head.linear
+    plain = type(head) in (nn.Linear, SteppingAsideHead)
+    return head if plain and gpt.config.final_logit_softcapping is None else None
+
+
+def let_head_step_aside(gpt: GPT) -> None:
+    """Change the class of a plain head to `SteppingAsideHead`, nothing else."""
+    if (head := plain_head(gpt)) is not None:
+        head.__class__ = SteppingAsideHead
+
+
+def hidden_states(gpt: GPT, idx: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Run a model whose head steps aside up to its head: (B, T, D); one whose head cannot, to its
+    logits. `documents` is as in `LossModel.forward`."""
+    head = plain_head(gpt)
+    if not isinstance(head, SteppingAsideHead):
+        return run_model(gpt, idx, documents)
+    head.aside = True
+    try:
+        return run_model(gpt, idx, documents)
+    finally:
+        head.aside = False
+
+
 class LossModel(nn.Module):
     """A GPT and its training loss.
 
@@ -32,6 +67,7 @@ class LossModel(nn.Module):
         ignore_index: targets that count for nothing.
         chunk: rows of logits held at a time; None chooses.
         backend: see `linear_cross_entropy`.
+        teacher: whose distribution is learned too, in training. It is no part of this module.
 
     Heads that are not one plain linear layer (LoRA, quantized, soft-capped logits) take the plain
     path through whole logits.
@@ -45,37 +81,49 @@ class LossModel(nn.Module):
         ignore_index: int = -100,
         chunk: int | None = None,
         backend: Backend = "auto",
+        teacher: "Teacher | None" = None,
     ) -> None:
         super().__init__()
         self.gpt = gpt
         self.z_loss, self.ignore_index = z_loss, ignore_index
         self.chunk, self.backend = chunk, backend
+        self.teacher = teacher
         self.figures: HeadLoss | None = None
         """The last forward's figures, detached."""
-        if type(gpt.lm_head) is nn.Linear and gpt.config.final_logit_softcapping is None:
-            gpt.lm_head.__class__ = SteppingAsideHead
+        self.summed: dict[str, Tensor] = {}
+        """With a teacher: what a step's loss is made of, added up over its micro-batches."""
+        let_head_step_aside(gpt)
 
     @property
     def fused(self) -> bool:
         """Whether the whole logits are never made."""
-        return isinstance(self.gpt.lm_head, SteppingAsideHead)
+        return isinstance(plain_head(self.gpt), SteppingAsideHead)
 
     def forward(
-        self, idx: Tensor, targets: Tensor, denominator: Tensor | float | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        denominator: Tensor | float | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of predicting `targets` (B, T) from `idx` (B, T), both int64 ids.
 
-        In evaluation it is the cross-entropy alone, without the z-loss.
+        In evaluation it is the cross-entropy alone, without z-loss and teacher.
 
-        `denominator` replaces the number of counted targets; see `linear_cross_entropy`. Details
+        `denominator` replaces the number of counted targets; see `linear_cross_entropy`. With
+        `documents` (B, T) of int32 a token sees its own document only (`documents.py`). Details
         of the loss are left in `figures`.
         """
+        teacher = self.teacher.look_at(idx, documents) if self.teacher and self.training else None
         options: Any = dict(
-            ignore_index=self.ignore_index, z_loss=self.z_loss, denominator=denominator
+            ignore_index=self.ignore_index,
+            z_loss=self.z_loss,
+            denominator=denominator,
+            teacher=teacher,
         )
-        if self.fused:
-            head = self.gpt.lm_head
-            hidden = self._hidden(idx).flatten(0, 1)
+        hidden = hidden_states(self.gpt, idx, documents).flatten(0, 1)
+        head = plain_head(self.gpt)
+        if head is not None:
             result = linear_cross_entropy(
                 hidden,
                 head.weight,
@@ -86,17 +134,21 @@ class LossModel(nn.Module):
                 **options,
             )
         else:
-            result = plain_loss(self.gpt(idx).flatten(0, 1), targets.reshape(-1), **options)
+            result = plain_loss(hidden, targets.reshape(-1), **options)
         self.figures = HeadLoss(*(figure.detach() for figure in result))
+        if teacher is not None:
+            self._add_up(result)
         return result.loss if self.training else result.cross_entropy
 
-    def _hidden(self, idx: Tensor) -> Tensor:
-        """Run the model up to and without its head: (B, T, D)."""
-        self.gpt.lm_head.aside = True
-        try:
-            return self.gpt(idx)
-        finally:
-            self.gpt.lm_head.aside = False
+    def _add_up(self, result: HeadLoss) -> None:
+        for name in ("cross_entropy", "divergence"):
+            figure = getattr(result, name).detach().float()
+            self.summed[name] = self.summed.get(name, 0) + figure
+
+
+def run_model(gpt: GPT, idx: Tensor, documents: Tensor | None) -> Tensor:
+    """Call a model on whole rows, or on each document in them by itself."""
+    return gpt(idx) if documents is None else forward_within_documents(gpt, idx, documents)
 
 
 def compile_blocks(gpt: GPT, **options: Any) -> None:

@@ -17,8 +17,12 @@ from lightning import Fabric
 
 from phi_lit.files import write_atomic
 from phi_lit.progress import Progress, progress
+from phi_lit.train.experts import by_layer
 
 RECORD = "metrics.jsonl"
+
+EXPERT_ROWS = 600
+"""How many rows of a run's record hold the load of every expert: as many as a picture shows."""
 
 
 class Record:
@@ -78,20 +82,33 @@ class Monitor:
             progress(total, "train", "steps", initial=done) if self._shown else None
         )
         self._times: list[float] = []
+        self._experts_every = max(1, total // EXPERT_ROWS)
         self.seconds = 0.0
         """Seconds spent in optimizer steps so far in this process: no validation, no saving."""
         self.steps = 0
         """Optimizer steps done in this process."""
 
-    def step(self, *, step: int, seconds: float, log: bool, **figures: float) -> None:
-        """Take note of a finished optimizer step (counted from 1)."""
+    def step(
+        self, *, step: int, seconds: float, log: bool, experts: dict[str, Any] | None = None,
+        **figures: float,
+    ) -> None:  # fmt: skip
+        """Take note of a finished optimizer step (counted from 1).
+
+        Args:
+            step: its number.
+            seconds: how long it took.
+            log: whether LitGPT's logger is told too.
+            experts: what each expert did (`experts.summary`).
+            **figures: numbers by name.
+        """
         self.seconds += seconds
         self.steps += 1
         self._times = [*self._times[-19:], seconds]
         if self._record is None or self._progress is None:
             return
         tokens = step * self.tokens_per_step
-        self._record.add(step=step, tokens=tokens, **figures)
+        loads = {} if experts is None or step % self._experts_every else {"experts": experts}
+        self._record.add(step=step, tokens=tokens, **figures, **loads)
         speed = self.tokens_per_second
         figures = {
             **figures,
@@ -106,6 +123,7 @@ class Monitor:
             self._fabric.log_dict(
                 {
                     **figures,
+                    **(by_layer(experts) if experts else {}),
                     "step": step,
                     "total_tokens": tokens,
                     "iter_time": seconds,
@@ -160,6 +178,8 @@ def memory(fabric: Fabric) -> dict[str, float]:
 def _brief(figures: dict[str, float]) -> dict[str, str]:
     brief = {"loss": f"{figures['loss']:.3f}", "lr": f"{figures['learning_rate']:.1e}"}
     brief["tok/s"] = f"{figures['tokens_per_second']:,.0f}"
+    if "max_load" in figures:
+        brief["busiest expert"] = f"{figures['max_load']:.1f}x"
     brief["MFU"] = f"{figures['mfu']:.0%}"
     brief["GB"] = f"{figures['memory_gb']:.1f}"
     return brief

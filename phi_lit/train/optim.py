@@ -101,7 +101,7 @@ def build_optimizer(
         weight_decay_on: "all", or "matrices" to spare biases, norms and embeddings.
     """
     cls, init_args = parse_optimizer(optimizer)
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices, others = split_parameters(model)
     if cls.__name__ in MATRICES_ONLY:
         hidden = [name for name in matrices if ".h." in name and parameters[name].ndim == 2]

@@ -153,7 +153,7 @@ def _draw(
     _draw_losses(losses, train, val, reference)
     losses.set_title(title, loc="left", fontsize=12, fontweight="bold")
     bottom.set_xlabel(unit)
-    bottom.xaxis.set_major_formatter(_short_number)
+    bottom.xaxis.set_major_formatter(short_number)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e6e6", linewidth=0.8)
@@ -210,7 +210,7 @@ def _draw_rate(axes: "Axes", rate: Curve) -> None:
     axes.tick_params(labelsize=9)
 
 
-def _short_number(value: float, _: object = None) -> str:
+def short_number(value: float, _: object = None) -> str:
     """Write 1,500,000 as 1.5 M."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:

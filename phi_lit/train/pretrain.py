@@ -4,6 +4,7 @@ Where a config uses no model, data module or option of ours, LitGPT's own `setup
 Everything that can be wrong is checked here before hours are spent; the training is in `loop.py`.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -138,7 +139,8 @@ def run_stock(function: Callable[..., None], arguments: dict[str, Any]) -> None:
     stock_train = {
         field.name: getattr(arguments["train"], field.name) for field in fields(LitGPTTrainArgs)
     }
-    known = {name: value for name, value in arguments.items() if name not in OWN_PARAMETERS}
+    parameters = inspect.signature(function).parameters
+    known = {name: value for name, value in arguments.items() if name in parameters}
     function(**{**known, "train": LitGPTTrainArgs(**stock_train)})
 
 

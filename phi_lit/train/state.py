@@ -12,8 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from phi_lit.train import deepspeed
+
 WRAPPER = "gpt."
 """What `LossModel` puts before LitGPT's parameter names."""
+
+UNTOUCHED: dict[str, Any] = {"state": {}, "param_groups": []}
+"""The state of optimizers before their first step."""
+
+
+def is_untouched(optimizers: list[Optimizer]) -> bool:
+    """Tell whether no optimizer has stepped yet.
+
+    PyTorch would make such a state by a step with zero gradients, which counts as one ever after.
+    """
+    return not any(optimizer.state for optimizer in optimizers)
 
 
 def gather(
@@ -32,9 +45,19 @@ def gather(
         get_optimizer_state_dict,
     )
 
-    options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
-    model_state = get_model_state_dict(module, options=options)
-    optimizer_state = get_optimizer_state_dict(module, optimizers, options=options)
+    if deepspeed.is_engine(module):
+        model_state, optimizer_state = deepspeed.gather(module)
+    else:
+        options = StateDictOptions(
+            full_state_dict=whole, cpu_offload=whole, ignore_frozen_params=True
+        )
+        model_state = get_model_state_dict(module, options=options)
+        optimizer_state = dict(UNTOUCHED)
+        if not is_untouched(optimizers):
+            optimizer_state = get_optimizer_state_dict(module, optimizers, options=options)
+    if _some_frozen(module):  # quantized layers would add what their weights are scaled by
+        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        model_state = {name: value for name, value in model_state.items() if name in trained}
     return _renamed(model_state, optimizer_state, lambda name: name.removeprefix(WRAPPER))
 
 
@@ -54,9 +77,35 @@ def scatter(
     model_state, optimizer_state = _renamed(
         model_state, optimizer_state, lambda name: WRAPPER + name
     )
-    options = StateDictOptions(full_state_dict=True, strict=True)
-    set_model_state_dict(module, model_state, options=options)
-    set_optimizer_state_dict(module, optimizers, optimizer_state, options=options)
+    if deepspeed.is_engine(module):
+        deepspeed.scatter(module, model_state, optimizer_state)
+        return
+    frozen = _some_frozen(module)
+    options = StateDictOptions(full_state_dict=True, strict=not frozen, ignore_frozen_params=frozen)
+    if frozen:
+        _fill_trained(module, model_state)
+    else:
+        set_model_state_dict(module, model_state, options=options)
+    if optimizer_state["state"]:
+        set_optimizer_state_dict(module, optimizers, optimizer_state, options=options)
+
+
+@torch.no_grad()
+def _fill_trained(module: nn.Module, model_state: dict[str, Tensor]) -> None:
+    """Fill the parameters that train, each rank its part; the frozen ones are there already."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        whole = model_state[name].to(parameter.device)
+        if isinstance(parameter, DTensor):
+            whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        parameter.copy_(whole)
+
+
+def _some_frozen(module: nn.Module) -> bool:
+    return any(not parameter.requires_grad for parameter in module.parameters())
 
 
 def _renamed(

@@ -2,8 +2,7 @@
 
 Sharding is FSDP2 (`fully_shard` per block) through Fabric's ModelParallelStrategy, the one path
 that also runs on CPU processes over gloo and so is tested everywhere. FSDP1 stays for fp16 with a
-loss scale on GPU, which FSDP2's strategy refuses. DeepSpeed is refused: Fabric's wants model and
-optimizer set up together and saves in a format of its own, and nothing here could run it.
+loss scale on GPU, which FSDP2's strategy refuses. DeepSpeed's sharding is in `deepspeed.py`.
 """
 
 from datetime import timedelta
@@ -44,10 +43,8 @@ def check_strategy(
 ) -> list[str]:
     """Return what is wrong with a strategy on this many processes, a sentence each."""
     faults = []
-    if strategy == "deepspeed":
-        faults.append("strategy deepspeed is not supported yet; fsdp shards the same state")
-    if cpu_offload and strategy != "fsdp":
-        faults.append(f"cpu_offload needs strategy fsdp, not {strategy}")
+    if cpu_offload and strategy not in ("fsdp", "deepspeed"):
+        faults.append(f"cpu_offload needs strategy fsdp or deepspeed, not {strategy}")
     if cpu_offload and device == "cpu":
         faults.append("cpu_offload needs a GPU to offload from")
     return faults
@@ -61,17 +58,19 @@ def make_strategy(
     precision: str,
     devices: int,
     num_nodes: int,
+    checkpointing: str = "none",
 ) -> str | Strategy:
     """Return the Fabric strategy for a key.
 
     Args:
-        strategy: "auto" (one process: none; several: fsdp), "ddp" or "fsdp".
+        strategy: "auto" (one process: none; several: fsdp), "ddp", "fsdp" or "deepspeed".
         sharding: "full" (parameters, gradients, optimizer state), "grad_op" (parameters stay
             gathered between forward and backward), "hybrid" (full in a node, copies across nodes).
         cpu_offload: keep sharded parameters and optimizer state in host memory.
         precision: one of `PRECISIONS`.
         devices: processes per node.
         num_nodes: nodes.
+        checkpointing: which activations are made again.
     """
     world = devices * num_nodes
     if strategy == "auto":
@@ -82,8 +81,9 @@ def make_strategy(
         if precision == "16-mixed":
             return _fsdp1(sharding, cpu_offload)
         shard = partial(
-            shard_blocks, sharding=sharding, cpu_offload=cpu_offload, num_nodes=num_nodes
-        )
+            shard_blocks, sharding=sharding, cpu_offload=cpu_offload, num_nodes=num_nodes,
+            half=torch.bfloat16 if precision == "bf16-mixed" else None,
+        )  # fmt: skip
         return ModelParallelStrategy(
             parallelize_fn=shard,
             data_parallel_size=world,
@@ -92,14 +92,40 @@ def make_strategy(
             process_group_backend="cpu:gloo,cuda:nccl" if cpu_offload else None,
             timeout=TIMEOUT,
         )
+    if strategy == "deepspeed":
+        from phi_lit.train.deepspeed import ZeroStrategy, config_of
+
+        config = config_of(
+            sharding=sharding, cpu_offload=cpu_offload, precision=precision,
+            checkpointing=checkpointing,
+        )  # fmt: skip
+        return ZeroStrategy(config, timeout=TIMEOUT)
     return "auto"
 
 
 def shard_blocks(
-    model: nn.Module, mesh: DeviceMesh, *, sharding: str, cpu_offload: bool, num_nodes: int
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    sharding: str,
+    cpu_offload: bool,
+    num_nodes: int,
+    half: torch.dtype | None = None,
 ) -> nn.Module:
-    """Shard each transformer block, then what is left at the root (embedding, head, last norm)."""
-    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+    """Shard each transformer block, then what is left at the root (embedding, head, last norm).
+
+    Args:
+        model: changed in place.
+        mesh: Fabric's, with the dimension "data_parallel".
+        sharding: as in `make_strategy`.
+        cpu_offload: keep the shards in host memory.
+        num_nodes: nodes, for hybrid sharding.
+        half: gather the linear layers of blocks in this type, the one that autocast multiplies in:
+            half of the bytes, and no copies kept beside them. Gradients are summed in float32.
+            A block that is compiled and checkpointed stays as it is: norms that are gathered
+            apart would cut it in two, which the compiler cannot do inside a checkpoint.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     data_mesh = mesh["data_parallel"]
     if sharding == "hybrid":
@@ -110,11 +136,27 @@ def shard_blocks(
     options: dict[str, Any] = {"mesh": data_mesh}
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
-    for module in model.modules():
-        if isinstance(module, Block):
-            fully_shard(module, reshard_after_forward=sharding != "grad_op", **options)
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        of_block = {**options, "reshard_after_forward": sharding != "grad_op"}
+        uncut = block._compiled_call_impl is not None and hasattr(block, "checkpointing")
+        if half is not None and not uncut:
+            for module in _exact_parts(block):
+                fully_shard(module, **of_block)
+            of_block["mp_policy"] = MixedPrecisionPolicy(
+                param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        fully_shard(block, **of_block)
     # The root is needed again at once in the backward pass: gathering it twice would be waste.
     return fully_shard(model, reshard_after_forward=False, **options)
+
+
+def _exact_parts(block: nn.Module) -> list[nn.Module]:
+    """Return what autocast leaves in float32, inner modules first: norms, stacked experts."""
+    return [
+        module
+        for module in reversed(list(block.modules()))
+        if not isinstance(module, nn.Linear) and any(True for _ in module.parameters(recurse=False))
+    ]
 
 
 def _fsdp1(sharding: str, cpu_offload: bool) -> FSDPStrategy:

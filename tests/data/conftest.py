@@ -39,3 +39,12 @@ def library_texts() -> list[str]:
                 continue
     assert len(texts) > 500
     return texts
+
+
+@pytest.fixture(scope="session")
+def library_exercises() -> list:
+    """The standard library's documented functions, cut after their docstrings."""
+    from phi_lit.data.documented import exercises
+    from phi_lit.data.trees import Skipped
+
+    return list(exercises(Skipped()))

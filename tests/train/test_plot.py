@@ -85,6 +85,6 @@ def test_nothing_to_draw_is_said(tmp_path):
 
 
 def test_large_numbers_are_written_short():
-    assert [plot._short_number(v) for v in (0, 950, 1500, 2.5e6, 5e10)] == [
+    assert [plot.short_number(v) for v in (0, 950, 1500, 2.5e6, 5e10)] == [
         "0", "950", "1.5 k", "2.5 M", "50 B",
     ]  # fmt: skip

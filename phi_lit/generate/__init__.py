@@ -1,0 +1,1 @@
+"""Using a model: many prompts, many samples of each, in batches."""
