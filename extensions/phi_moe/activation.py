@@ -32,17 +32,20 @@ def activate(h: Tensor, activation: str) -> Tensor:
 
 def activate_quickly(h: Tensor, activation: str) -> Tensor:
     """Return the same without a gradient."""
-    if activation != "gelu_tanh" or h.device.type != "cpu":
-        return activate(h, activation)
-    x = h.to(torch.promote_types(h.dtype, torch.float32))
-    return _gate(x).mul_(x).to(h.dtype)
+    return _gate(h).mul_(h) if _is_slow(h, activation) else activate(h, activation)
 
 
 def activate_with_slope(h: Tensor, activation: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Return the activations, and what turns their gradient (.., F) into that of `h` (.., H)."""
-    if activation == "gelu_tanh" and h.device.type == "cpu":
+    if _is_slow(h, activation):
         return _gelu_tanh_with_slope(h)
     return activate(h, activation), lambda grad: _backward(grad, h, activation)
+
+
+def _is_slow(h: Tensor, activation: str) -> bool:
+    """Tell whether PyTorch's own is the slower one: half precision would have to be converted."""
+    whole = h.dtype in (torch.float32, torch.float64)
+    return activation == "gelu_tanh" and h.device.type == "cpu" and whole
 
 
 def _gate(x: Tensor) -> Tensor:
@@ -50,8 +53,7 @@ def _gate(x: Tensor) -> Tensor:
     return (x * x).mul_(_CUBIC).add_(_LINEAR).mul_(x).sigmoid_()
 
 
-def _gelu_tanh_with_slope(h: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    x = h.to(torch.promote_types(h.dtype, torch.float32))
+def _gelu_tanh_with_slope(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     gate = _gate(x)
     a = gate * x
 
@@ -60,11 +62,10 @@ def _gelu_tanh_with_slope(h: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]
         slope = (x * x).mul_(3 * _CUBIC).add_(_LINEAR)
         return slope.mul_(a).mul_(1 - gate).add_(gate).mul_(grad)
 
-    return a.to(h.dtype), back
+    return a, back
 
 
 def _backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
-    grad = grad.to(h.dtype)
     if activation == "swiglu":
         gate, up = h.chunk(2, -1)
         made = torch.empty_like(h)

@@ -50,7 +50,10 @@ def _pieces(end_E: Tensor) -> Iterator[tuple[int, slice]]:
 def _put(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
     """Write `left.T @ right` into `out`, or add it to what is there."""
     if out.dtype == left.dtype and len(left) < DEEP:
-        torch.addmm(out, left.t(), right, beta=float(add), out=out)
+        if add:
+            out.addmm_(left.t(), right)
+        else:
+            torch.mm(left.t(), right, out=out)
         return
     made = product(left.t(), right.t())
     (out.add_ if add else out.copy_)(made)
@@ -142,13 +145,13 @@ def experts_backward(
         token, weight = token_S[visits], weight_S[visits, None]
         grad = grad_ND.index_select(0, token)
         a, back = activate_with_slope(h_SH[visits], activation)
-        inner = product(grad, proj_EDF[expert].to(dtype).t()).to(weight.dtype)
-        visit_grad = (inner * a).sum(1)
+        inner = product(grad, proj_EDF[expert].to(dtype).t())
+        visit_grad = (inner * a).sum(1, dtype=weight.dtype)
         if proj_bias_ED is not None:
             visit_grad += torch.mv(grad, proj_bias_ED[expert].to(dtype))
         weight_grad_S[visits] = visit_grad
         grad = (grad * weight).to(dtype)
-        h_grad = back(inner.mul_(weight)).to(dtype)
+        h_grad = back((inner * weight).to(dtype))
         if trains:
             again = expert == before
             fc, fc_bias, proj, proj_bias = grads
