@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from extensions.phi_moe.precision import as_given
+
 
 def grouped_mm(x_SJ: Tensor, weight_EJM: Tensor, end_E: Tensor) -> Tensor:
     """Return the product of each row with its segment's matrix (S, M); `end_E` is int32."""
@@ -36,7 +38,7 @@ def works(device: str, dtype: torch.dtype) -> bool:
 
 @cache
 def _tried(device: str, dtype: torch.dtype) -> bool:
-    with torch.enable_grad(), torch.autocast(device, enabled=False):
+    with torch.enable_grad(), as_given(torch.empty(0, device=device)):
         x = (torch.arange(64.0, device=device).view(4, 16) / 64).to(dtype).requires_grad_()
         weight = (torch.arange(512.0, device=device).view(2, 16, 16) / 512).to(dtype)
         weight.requires_grad_()

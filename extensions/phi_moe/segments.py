@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from extensions.phi_moe import pages
 from extensions.phi_moe.gemm import product
@@ -214,3 +215,20 @@ def _backward(ctx: Any, grad_ND: Tensor, _h: Tensor) -> tuple:
 
 
 experts.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.phi_moe.experts)
+def _forward_flops(
+    x: Any, weight: Any, order: Any, end: Any, fc: Any, fc_bias: Any, proj: Any, *rest: Any, **_: Any
+) -> int:
+    """Count a multiply and an add as two, for each visit; arguments come as shapes."""
+    return 2 * order[0] * (fc[1] * fc[2] + proj[1] * proj[2])
+
+
+@register_flop_formula(torch.ops.phi_moe.experts_backward)
+def _backward_flops(
+    grad: Any, x: Any, weight: Any, order: Any, end: Any, fc: Any, fc_bias: Any, proj: Any,
+    *rest: Any, **_: Any,
+) -> int:  # fmt: skip
+    """Count both gradients of both products; frozen stacks need only one."""
+    return (1 + bool(rest[-1])) * _forward_flops(x, weight, order, end, fc, fc_bias, proj)
