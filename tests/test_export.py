@@ -435,11 +435,10 @@ def test_a_tokenizer_that_does_not_belong_to_the_model_is_refused(tiny, tmp_path
     refused("has no tokenizer", tiny, tmp_path / "hub")
 
 
-def test_a_mixture_of_experts_of_ours_is_refused(tiny, tmp_path):
-    config = yaml.safe_load((tiny / "model_config.yaml").read_text())
-    config |= {"mlp_class_name": "PhiMoE", "n_expert": 4, "n_expert_per_token": 2}
-    (tiny / "model_config.yaml").write_text(yaml.safe_dump(config))
-    refused("is a mixture of experts", tiny, tmp_path / "hub")
+@pytest.mark.parametrize("name", ["phi1-test-moe", "phi1-test-moe-after"])
+def test_a_mixture_of_experts_of_ours_is_refused(name, tiny_tokenizer_dir, tmp_path):
+    write_checkpoint(tmp_path / "lit", tiny_tokenizer_dir, Config.from_name(name))
+    refused("is a mixture of experts.*no architecture of", tmp_path / "lit", tmp_path / "hub")
 
 
 def test_what_no_architecture_computes_is_refused_with_the_setting(tiny_tokenizer_dir, tmp_path):

@@ -35,7 +35,7 @@ def checkpoint(tiny_checkpoint_dir, tmp_path):
     shutil.copytree(tiny_checkpoint_dir, directory)
     for kind in ("lora", "adapter", "adapter_v2"):
         torch.save({"x": torch.zeros(1)}, directory / f"lit_model.pth.{kind}")
-    recorded = {"checkpoint_dir": str(directory), "lora_r": 2, "precision": None}
+    recorded = {"checkpoint_dir": str(tiny_checkpoint_dir), "lora_r": 2, "precision": None}
     (directory / "hyperparameters.yaml").write_text(yaml.safe_dump(recorded))
     return directory
 

@@ -7,15 +7,19 @@ recorded is said to be unknown, never guessed. The words around it are in `card.
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from phi_lit.errors import UserError
 from phi_lit.train.checkpoint import MANIFEST
 from phi_lit.train.monitor import read_record
+
+if TYPE_CHECKING:
+    from phi_lit.data.sources import Source
 
 HYPERPARAMETERS = "hyperparameters.yaml"
 SECRETS = ("access_token",)
@@ -149,13 +153,19 @@ def _add_store(facts: Facts, manifest: Path) -> None:
 
 
 def _add_sources(facts: Facts, written: Any) -> None:
-    from phi_lit.data.sources import open_sources
-
-    try:
-        sources = open_sources(written)
-    except UserError:  # a recipe of another version: its text is in the card all the same
-        return
-    for source in sources:
+    for source in _open(written):
         facts.data.append(source.licence_line())
         if source.hub is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", source.hub):
             facts.hub_datasets.append(source.hub)
+
+
+def _open(written: Any) -> "list[Source]":
+    """Open a recipe's sources, of texts or of examples; none where it is another version's (its
+    text is in the card all the same)."""
+    from phi_lit.data.examples import ExampleSource
+    from phi_lit.data.sources import Source, open_sources
+
+    for kind in (Source, ExampleSource):
+        with suppress(UserError):
+            return open_sources(written, kind)
+    return []

@@ -12,7 +12,7 @@ import torch
 from lightning import Fabric
 from litgpt.config import Config
 from litgpt.model import GPT
-from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style, prompt_styles
+from litgpt.prompts import Default, PromptStyle, has_prompt_style, load_prompt_style, prompt_styles
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import (
     check_valid_checkpoint_dir,
@@ -21,8 +21,9 @@ from litgpt.utils import (
     load_checkpoint,
 )
 
+from phi_lit.checks import free_bytes, predicted_bytes
 from phi_lit.errors import UserError, did_you_mean
-from phi_lit.generate.room import free_bytes
+from phi_lit.tensors import load_file
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 """The precisions that a model samples in."""
@@ -42,7 +43,13 @@ class Checkpoint:
     tokenizer: Tokenizer
 
     def prompt_style(self, name: str | None) -> PromptStyle:
-        """Return LitGPT's prompt style of that name, or the checkpoint's own."""
+        """Return LitGPT's prompt style of that name, or the checkpoint's own.
+
+        Raises:
+            UserError: LitGPT has no such style.
+        """
+        if name == "default":
+            return Default()
         if name is not None:
             if name not in prompt_styles:
                 near = did_you_mean(name, prompt_styles)
@@ -106,21 +113,10 @@ def choose_precision(precision: str | None) -> str:
     return precision
 
 
-def check_room(checkpoint: Checkpoint, precision: str, quantize: str | None) -> None:
-    """Raise a `UserError` where the weights alone do not fit into the memory that is free."""
-    with torch.device("meta"):
-        count = sum(p.numel() for p in GPT(checkpoint.config).parameters())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    each = DTYPES[precision].itemsize
-    # On a CPU the weights are there twice for the moment in which they are laid out anew.
-    needed = count * (0.5 if quantize else each)
-    free = free_bytes(device)
-    if needed > free:
-        raise UserError(
-            f"not enough memory: {count / 1e6:,.0f} M parameters need {needed / 1e9:,.1f} GB in "
-            f"{quantize or precision}, {free / 1e9:,.1f} GB are free; choose precision bf16-true "
-            "or quantize bnb.nf4"
-        )
+def has_room_twice(checkpoint: Checkpoint, precision: str, quantize: str | None) -> bool:
+    """Tell whether a second copy of the weights fits, laid out for faster products."""
+    state = load_file(checkpoint.path / WEIGHTS)
+    return 2 * predicted_bytes(state.get("model", state), quantize, precision) < free_bytes()
 
 
 def load_model(checkpoint: Checkpoint, precision: str, quantize: str | None = None) -> GPT:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from phi_lit.checks import fault_of_text
 from phi_lit.errors import UserError
 
 RESULT_FIELDS = (
@@ -33,25 +34,25 @@ class Prompt:
     """What else its line holds (a `task_id`, say); goes into its completions' lines."""
 
 
-def read_prompts(prompts: str | None, prompt: str | None) -> list[Prompt]:
+def read_prompts(prompts: str, prompt: str = "") -> list[Prompt]:
     """Return the prompts of a command.
 
     Args:
-        prompts: a file's name, or `-` for standard input.
-        prompt: one text.
+        prompts: a file's name, or `-` for standard input; empty for none.
+        prompt: one text; empty for none.
 
     Raises:
         UserError: both or none are given, the file cannot be read, or lines in it are no prompts.
     """
-    if (prompts is None) == (prompt is None):
+    if bool(prompts) == bool(prompt):
         raise UserError(
-            "give either --prompts FILE (or - for standard input) or --prompt TEXT, one of them"
+            "give either --prompts FILE (- for standard input) or --prompt TEXT, one of them, and "
+            "not empty"
         )
-    if prompt is not None:
-        found, faults = _checked([Prompt(prompt, "the prompt")])
-        _raise("--prompt", faults)
-        return found
-    assert prompts is not None
+    if prompt:
+        if fault := fault_of_text(prompt):
+            raise UserError(f"{fault}: there is nothing to continue")
+        return [Prompt(prompt, "the prompt")]
     name = "standard input" if prompts == "-" else prompts
     lines = _read(prompts).removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines and not lines[-1]:
@@ -59,7 +60,7 @@ def read_prompts(prompts: str | None, prompt: str | None) -> list[Prompt]:
     if not lines:
         raise UserError(f"{name} is empty: no prompt in it")
     as_json = lines[0].lstrip().startswith(b"{")
-    parsed, faults = [], []
+    found, faults = [], []
     for number, line in enumerate(lines, start=1):
         try:
             text = line.decode()
@@ -73,9 +74,10 @@ def read_prompts(prompts: str | None, prompt: str | None) -> list[Prompt]:
         except ValueError as error:
             faults.append(f"line {number} {error}")
             continue
-        parsed.append(one)
-    found, empty = _checked(parsed)
-    _raise(name, faults + empty)
+        if fault := fault_of_text(one.text, one.name):
+            faults.append(fault)
+        found.append(one)
+    _raise(name, faults)
     return found
 
 
@@ -109,25 +111,6 @@ def _json_line(text: str, number: int) -> Prompt:
         raise ValueError(f"has a field {taken[0]!r}, which is a completion's; rename it")
     fields = {name: value for name, value in content.items() if name != "prompt"}
     return Prompt(content["prompt"], f"line {number}", fields)
-
-
-def _checked(prompts: list[Prompt]) -> tuple[list[Prompt], list[str]]:
-    """Return the prompts and what is wrong with their texts."""
-    faults = []
-    for prompt in prompts:
-        if not prompt.text:
-            faults.append(f"{prompt.name} is empty: there is nothing to continue")
-        elif not _is_text(prompt.text):
-            faults.append(f"{prompt.name} holds half of a surrogate pair, which is no character")
-    return prompts, faults
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _raise(name: str, faults: list[str]) -> None:

@@ -68,23 +68,20 @@ def open_results(
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise UserError(f"{path} is a directory; --out names a file")
-        _check_settings(path, settings)
         with open(path, "ab+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{path} is being written by another process") from None
-            if not settings_path(path).exists():
+            if os.fstat(file.fileno()).st_size:
+                _check_settings(path, settings)
+            else:
                 write_atomic(settings_path(path), json.dumps(settings, indent=1) + "\n")
-            done = _read_done(path, file, prompts, samples)
-            yield ResultFile(path, file, done)
+            yield ResultFile(path, file, _read_done(path, file, prompts, samples))
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     beside = settings_path(path)
-    if not path.exists() or path.stat().st_size == 0:
-        beside.unlink(missing_ok=True)
-        return
     try:
         before = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError):

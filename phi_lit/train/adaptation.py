@@ -80,8 +80,18 @@ class Adaptation:
                 "LoRA is asked for nowhere: set lora_r to 1 or more, and one of lora_query, "
                 "lora_key, lora_value, lora_projection, lora_mlp or lora_head"
             )
+        if train.balance_bias_rate:
+            faults.append(
+                "train.balance_bias_rate moves a bias of the base model, which this finetuning "
+                "does not save; use balance_loss"
+            )
         if train.tie_embeddings:
             faults.append("train.tie_embeddings: embeddings stay as they are in this finetuning")
+        if train.balance_bias_rate:
+            faults.append(
+                "train.balance_bias_rate moves what belongs to the base model, which this "
+                "finetuning does not save; leave it out, or balance with train.balance_loss"
+            )
         if train.checkpoint_format == "sharded":
             faults.append("train.checkpoint_format: these checkpoints are small and always whole")
         return faults

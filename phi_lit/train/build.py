@@ -19,7 +19,7 @@ from lightning import Fabric
 from litgpt.model import GPT
 from litgpt.prompts import save_prompt_style
 from litgpt.tokenizer import Tokenizer
-from litgpt.utils import save_config
+from litgpt.utils import save_config, select_sft_generate_example
 from torch.optim import Optimizer
 
 from phi_lit.data.tokenizer import load_tokenizer
@@ -70,14 +70,15 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
 
     model = build_model(job, fabric, first_weights=resume_dir is None)
     model.teacher = teachers.open_teacher(job, machine)
-    micro_batch = choose_micro_batch(job, machine, fabric, model, resume_dir)
-    course = plan_course(job, course.rows_per_epoch, micro_batch * fabric.world_size)
     compiled = decide_compile(job, machine, fabric, course, resume_dir)
     if compiled:
-        compile_blocks(model.gpt)
+        options = compile_options(machine)
+        compile_blocks(model.gpt, **options)
         if model.teacher is not None:
-            compile_blocks(model.teacher.gpt)
+            compile_blocks(model.teacher.gpt, **options)
     module, optimizers = place_model(job, fabric, model)
+    micro_batch = choose_micro_batch(job, machine, fabric, module, resume_dir)
+    course = plan_course(job, course.rows_per_epoch, micro_batch * fabric.world_size)
     peaks = [[group["lr"] for group in each.param_groups] for each in optimizers]
     place = Place()
     if resume_dir is not None and manifest is not None:
@@ -262,7 +263,7 @@ def _adapted_gpt(job: Job, fabric: Fabric) -> GPT:
 
 
 def choose_micro_batch(
-    job: Job, machine: Machine, fabric: Fabric, model: LossModel, resume_dir: Path | None
+    job: Job, machine: Machine, fabric: Fabric, module: torch.nn.Module, resume_dir: Path | None
 ) -> int:
     """Return the rows per forward pass: as given, as in the resumed run, or as many as fit."""
     given = job.train.micro_batch_size
@@ -272,7 +273,7 @@ def choose_micro_batch(
         saved = checkpoint.load_file(resume_dir / checkpoint.STATE_FILE)["micro_batch_size"]
         if job.train.global_batch_size % (saved * fabric.world_size) == 0:
             return saved
-    chosen = largest_micro_batch(job, machine, fabric, model)
+    chosen = largest_micro_batch(job, machine, fabric, module)
     fabric.print(f"micro_batch_size: {chosen} rows per forward pass and rank")
     return chosen
 
@@ -298,13 +299,6 @@ def should_compile(job: Job, machine: Machine, course: Course) -> bool:
     if mode == "on" and not compiler:
         need = "a C++ compiler (g++)" if machine.kind == "cpu" else "the package triton"
         raise UserError(f"train.compile is on, but torch.compile needs {need} here")
-    if machine.kind == "cpu" and machine.precision == "bf16-true":
-        if mode == "on":
-            raise UserError(
-                "train.compile is on, but torch.compile builds no working code for bf16-true on a "
-                "CPU; use bf16-mixed, or leave train.compile off"
-            )
-        return False
     if mode != "auto" or not compiler:
         return mode == "on"
     if machine.kind == "cuda":
@@ -313,6 +307,16 @@ def should_compile(job: Job, machine: Machine, course: Course) -> bool:
     tokens = course.steps * course.global_batch_size * job.length
     peak = peak_for(torch.device("cpu"), arithmetic_of(machine.precision)) * machine.world
     return tokens * flops / (USUAL_MFU * peak) > COMPILE_PAYS_AFTER
+
+
+def compile_options(machine: Machine) -> dict[str, Any]:
+    """Return what `torch.compile` is to be told for this device and number format."""
+    several = machine.precision == "bf16-mixed" and machine.world > 1  # FSDP2 gathers in bf16
+    if machine.kind == "cpu" and (machine.precision == "bf16-true" or several):
+        # Both branches of a parallel block get one gradient. Where one kernel sums it for both
+        # biases in bf16, torch 2.13 gives two variables one name and the C++ does not build.
+        return {"options": {"cpp.max_horizontal_fusion_size": 1}}
+    return {}
 
 
 def has_compiler(kind: str) -> bool:
@@ -421,17 +425,34 @@ def hub_config(job: Job) -> str | None:
 
 
 def sampler(job: Job, fabric: Fabric, model: LossModel) -> Callable[[], str] | None:
-    """Return what lets the model continue `train.sample_prompt`, where it can.
+    """Return what lets the model continue `train.sample_prompt` (in finetuning also a question of
+    the data), where it can.
 
     One process only: a sharded model has no place to keep a cache of keys and values.
     """
-    prompt = job.train.sample_prompt
-    if prompt is None or job.tokenizer_dir is None or fabric.world_size > 1:
+    if job.tokenizer_dir is None or fabric.world_size > 1:
         return None
     tokenizer = Tokenizer(job.tokenizer_dir)
+    given = job.train.sample_prompt
+    prompt = given if given is not None else _example_of(job)
+    if prompt is None:
+        return None
     if len(tokenizer.encode(prompt)) >= job.length:
+        if given is None:  # an example that leaves no room to answer
+            return None
         raise UserError(f"train.sample_prompt is longer than a row of {job.length} tokens")
-    return lambda: sample_text(model.gpt, tokenizer, prompt, fabric.device)
+    new_tokens = job.eval.max_new_tokens or 100
+    return lambda: sample_text(model.gpt, tokenizer, prompt, fabric.device, new_tokens)
+
+
+def _example_of(job: Job) -> str | None:
+    """Return a question of the data as LitGPT's finetuning chooses it, or None where there is none:
+    a flat array, or a data set that does not show its texts."""
+    examples = getattr(getattr(job.data, "test_dataset", None), "data", None)
+    style = getattr(job.data, "prompt_style", None)
+    if job.command != "finetune" or not examples or style is None:
+        return None
+    return style.apply(select_sft_generate_example(job.eval, job.data))
 
 
 @torch.no_grad()

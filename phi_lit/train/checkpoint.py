@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from phi_lit.errors import UserError
-from phi_lit.files import PARTIAL, staged_dir, write_atomic
+from phi_lit.files import PARTIAL, disk_errors, staged_dir, write_atomic
 from phi_lit.tensors import load_file
 from phi_lit.train.state import joined, parts_of
 
@@ -142,18 +142,24 @@ def write_sharded(
     *,
     rank: int,
     world: int,
-    barrier: Callable[[], None],
+    together: Callable[[Callable[[], None] | None], None],
 ) -> None:
-    """Write one file of shards per rank; called on every rank (on a file system they share)."""
+    """Write one file of shards per rank; called on every rank (on a file system they share).
+
+    `together` does this rank's part and waits for the others; where one fails, all end.
+    """
     staging = directory.with_name(f".{directory.name}.shards")
-    if rank == 0:
+    shard = {"model": parts_of(model_state), "optimizer": parts_of(optimizer_state)}
+
+    def prepare() -> None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-    barrier()
-    shard = {"model": parts_of(model_state), "optimizer": parts_of(optimizer_state)}
-    save_file(shard, staging / SHARD_FILE.format(rank=rank, world=world))
-    barrier()
-    if rank == 0:
+
+    def write() -> None:
+        with disk_errors(staging):
+            save_file(shard, staging / SHARD_FILE.format(rank=rank, world=world))
+
+    def finish() -> None:
         with staged_dir(directory) as partial:
             for file in staging.iterdir():
                 os.rename(file, partial / file.name)
@@ -161,7 +167,10 @@ def write_sharded(
             write_side_files(partial)
             (partial / MANIFEST).write_text(_manifest(partial, place, identity, sharded=True))
         staging.rmdir()
-    barrier()
+
+    together(prepare if rank == 0 else None)
+    together(write)
+    together(finish if rank == 0 else None)
 
 
 class Background:

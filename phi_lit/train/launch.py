@@ -30,6 +30,7 @@ from phi_lit.train.deepspeed import check_deepspeed
 from phi_lit.train.experts import expert_faults
 from phi_lit.train.job import Job, Machine, flat, plain
 from phi_lit.train.loop import Run, Stopped, fit, is_due, validate
+from phi_lit.train.microbatch import out_of_memory
 from phi_lit.train.monitor import memory, read_record
 from phi_lit.train.optim import MATRICES_ONLY, parse_optimizer
 from phi_lit.train.strategy import check_precision, check_strategy, make_strategy
@@ -78,11 +79,12 @@ def launch(job: Job) -> None:
     fabric.print(pprint.pformat(plain(arguments), width=100))
     if fabric.global_rank == 0 and arguments["logger_name"] != "csv":  # which cannot
         fabric.logger.log_hyperparams(flat(plain(arguments)))
-    run = build(job, machine, fabric, out_dir)
-    try:
-        _train(job, run)
-    finally:
-        run.monitor.close()
+    with out_of_memory(job):
+        run = build(job, machine, fabric, out_dir)
+        try:
+            _train(job, run)
+        finally:
+            run.monitor.close()
 
 
 def _fabric_precision(job: Job, machine: Machine) -> str | None:

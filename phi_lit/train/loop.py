@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,6 +32,7 @@ from phi_lit.train.experts import Experts
 from phi_lit.train.feed import Batch, Feed
 from phi_lit.train.init import reseed
 from phi_lit.train.monitor import Monitor
+from phi_lit.train.together import together
 
 EXPLODED = 3.0
 """A loss above this many times that of a uniform guess counts as exploded."""
@@ -157,7 +159,7 @@ def step_once(run: Run, *, stop: bool) -> bool:
             run.place.skipped += 1
     else:
         _handle_bad(run, mean, norm)
-    routed = run.experts.finish(fabric, move_biases=good)
+    routed = run.experts.finish(fabric, move_biases=good and math.isfinite(norm))
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
     run.place.step += 1
@@ -309,17 +311,16 @@ def save(run: Run) -> None:
     whole = run.train.checkpoint_format != "sharded"
     module = unwrapped(run.module)
     model_state, optimizer_state = state.gather(module, raw, whole=whole)
+    first = run.fabric.global_rank == 0
     if not whole:
         checkpoint.write_sharded(
             directory, model_state, optimizer_state, place, run.identity, run.write_side_files,
-            rank=run.fabric.global_rank, world=run.fabric.world_size, barrier=run.fabric.barrier,
+            rank=run.fabric.global_rank, world=run.fabric.world_size,
+            together=partial(together, run.fabric),
         )  # fmt: skip
-        if run.fabric.global_rank == 0:
-            _point(run, directory, place)
+        together(run.fabric, (lambda: _point(run, directory, place)) if first else None)
         return
-    if run.fabric.global_rank != 0:
-        return
-    if run.background is not None:
+    if first and run.background is not None:
         model_state = state.to_host(model_state)
         optimizer_state = state.to_host(optimizer_state)
 
@@ -330,10 +331,8 @@ def save(run: Run) -> None:
         )  # fmt: skip
         _point(run, directory, place)
 
-    if run.background is not None:
-        run.background.start(write)
-    else:
-        write()
+    start = write if run.background is None else partial(run.background.start, write)
+    together(run.fabric, start if first else None)
 
 
 def _point(run: Run, directory: Path, place: Place) -> None:
@@ -350,9 +349,7 @@ def _point(run: Run, directory: Path, place: Place) -> None:
 
 def finish_saving(run: Run) -> None:
     """Wait for a checkpoint that is being written in the background."""
-    if run.background is not None:
-        run.background.wait()
-    run.fabric.barrier()
+    together(run.fabric, run.background.wait if run.background is not None else None)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -1,19 +1,23 @@
 """`micro_batch_size: auto`: the most rows per forward pass that fit in memory.
 
-On a GPU a real forward and backward pass is tried at growing sizes until memory runs out. On a CPU
-running out of memory kills the process, so there the prediction of `memory.py` decides.
+`memory.py` predicts it. On one GPU the run's own module, compiled or not, is then tried around that
+number until memory runs out. On a CPU running out kills the process, and on several ranks one that
+runs out leaves the others waiting, so there the prediction decides.
 """
 
 import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
 from lightning import Fabric
+from lightning.fabric.strategies import SingleDeviceStrategy
+from torch import nn
 
 from phi_lit.errors import UserError
 from phi_lit.train.job import Job, Machine
 from phi_lit.train.memory import predict_memory
-from phi_lit.train.model import LossModel
 
 ROOM = 0.9
 """Share of the memory that is used: fragmentation and the data take the rest."""
@@ -23,12 +27,16 @@ CERTAIN = 1.2
 within 10 % for phi's kind of model, and estimates for others."""
 
 
+def memory_there(machine: Machine) -> float:
+    """Return the bytes that one process can use."""
+    if machine.kind == "cuda":
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return psutil.virtual_memory().available / machine.devices
+
+
 def refuse_what_cannot_fit(job: Job, machine: Machine, rows: int) -> None:
     """Raise a `UserError` if a step of `rows` rows per forward pass is certain not to fit."""
-    if machine.kind == "cuda":
-        room: float = torch.cuda.get_device_properties(0).total_memory
-    else:
-        room = psutil.virtual_memory().available / machine.devices
+    room = memory_there(machine)
     memory = predict_memory(job, machine, rows)
     need = memory.total
     if need > CERTAIN * room:
@@ -41,22 +49,42 @@ def refuse_what_cannot_fit(job: Job, machine: Machine, rows: int) -> None:
         )
 
 
-def largest_micro_batch(job: Job, machine: Machine, fabric: Fabric, model: LossModel) -> int:
+@contextmanager
+def out_of_memory(job: Job) -> Iterator[None]:
+    """Tell in one line that a GPU's memory ran out after all."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{job.config.name}: {str(error).splitlines()[0]} Lower train.micro_batch_size, or "
+            "set train.activation_checkpointing; --resume auto goes on from the last checkpoint"
+        ) from error
+
+
+def largest_micro_batch(job: Job, machine: Machine, fabric: Fabric, module: nn.Module) -> int:
     """Return the largest number of rows that divides this rank's share of a step and fits.
+
+    Args:
+        job: names the model and the step.
+        machine: where it runs.
+        fabric: launched.
+        module: the training module as it will run, in Fabric's wrapper.
 
     Raises:
         UserError: not even one row fits.
     """
     share = job.train.global_batch_size // machine.world
     sizes = [size for size in range(1, share + 1) if share % size == 0]
-    fitting = 0
-    for size in sizes:
-        if not fits(job, machine, fabric, model, size):
-            break
-        fitting = size
-    if fabric.world_size > 1:
-        lowest = -fabric.all_reduce(torch.tensor(-float(fitting)), reduce_op="max")
-        fitting = int(lowest)
+    room = ROOM * memory_there(machine)
+    predicted = [size for size in sizes if predict_memory(job, machine, size).total <= room]
+    fitting = max(predicted, default=0)
+    if machine.kind == "cuda" and isinstance(fabric.strategy, SingleDeviceStrategy):
+        fitting = largest_that_works(
+            sizes, max(fitting, 1), lambda rows: runs(job, machine, fabric, module, rows)
+        )
+    if fabric.world_size > 1:  # CPU processes may have seen different amounts of free memory
+        counted = torch.tensor(-float(fitting), device=fabric.device)
+        fitting = -int(fabric.all_reduce(counted, reduce_op="max"))
     if not fitting:
         raise UserError(
             f"not even one row of {job.length} tokens of {job.config.name} fits in memory; try "
@@ -65,28 +93,39 @@ def largest_micro_batch(job: Job, machine: Machine, fabric: Fabric, model: LossM
     return fitting
 
 
-def fits(job: Job, machine: Machine, fabric: Fabric, model: LossModel, rows: int) -> bool:
-    """Tell whether a step of `rows` rows per forward pass fits in memory."""
-    if machine.kind == "cpu":
-        available = psutil.virtual_memory().available / machine.devices
-        return predict_memory(job, machine, rows).total <= ROOM * available
+def largest_that_works(sizes: list[int], guess: int, works: Callable[[int], bool]) -> int:
+    """Return the largest of some growing sizes that works, trying from a guess; 0 if none does."""
+    at = sizes.index(guess)
+    if not works(sizes[at]):
+        return next((size for size in reversed(sizes[:at]) if works(size)), 0)
+    for size in sizes[at + 1 :]:
+        if not works(size):
+            break
+        guess = size
+    return guess
+
+
+def runs(job: Job, machine: Machine, fabric: Fabric, module: nn.Module, rows: int) -> bool:
+    """Try a forward and a backward pass, with room for the optimizer's state; leaves no trace."""
+    cuda = fabric.device.type == "cuda"
     ids = torch.zeros(rows, job.length, dtype=torch.long, device=fabric.device)
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
-        model.to(fabric.device)
-        if model.teacher is not None:
-            model.teacher.place(fabric)
-        with fabric.autocast():
-            model(ids, ids).backward()
-        # The optimizer's two moments are not there yet.
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        fabric.backward(module(ids, ids))
+        if not cuda:
+            return True
+        state = predict_memory(job, machine, rows).optimizer
         free, _ = torch.cuda.mem_get_info(fabric.device)
-        return (
-            2 * weights <= free + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
-        )
-    except torch.cuda.OutOfMemoryError:
+        kept = torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
+        return state <= free + kept
+    except torch.OutOfMemoryError:
         return False
     finally:
-        model.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
+        for buffer, before in buffers:  # of experts, which count their tokens
+            buffer.copy_(before)
+        torch._dynamo.reset()  # or the second size would be compiled for any size, and slower
         gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()

@@ -17,6 +17,17 @@ from phi_lit.train import deepspeed
 WRAPPER = "gpt."
 """What `LossModel` puts before LitGPT's parameter names."""
 
+UNTOUCHED: dict[str, Any] = {"state": {}, "param_groups": []}
+"""The state of optimizers before their first step."""
+
+
+def is_untouched(optimizers: list[Optimizer]) -> bool:
+    """Tell whether no optimizer has stepped yet.
+
+    PyTorch would make such a state by a step with zero gradients, which counts as one ever after.
+    """
+    return not any(optimizer.state for optimizer in optimizers)
+
 
 def gather(
     module: nn.Module, optimizers: list[Optimizer], *, whole: bool
@@ -41,7 +52,9 @@ def gather(
             full_state_dict=whole, cpu_offload=whole, ignore_frozen_params=True
         )
         model_state = get_model_state_dict(module, options=options)
-        optimizer_state = get_optimizer_state_dict(module, optimizers, options=options)
+        optimizer_state = dict(UNTOUCHED)
+        if not is_untouched(optimizers):
+            optimizer_state = get_optimizer_state_dict(module, optimizers, options=options)
     if _some_frozen(module):  # quantized layers would add what their weights are scaled by
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         model_state = {name: value for name, value in model_state.items() if name in trained}
@@ -73,7 +86,8 @@ def scatter(
         _fill_trained(module, model_state)
     else:
         set_model_state_dict(module, model_state, options=options)
-    set_optimizer_state_dict(module, optimizers, optimizer_state, options=options)
+    if optimizer_state["state"]:
+        set_optimizer_state_dict(module, optimizers, optimizer_state, options=options)
 
 
 @torch.no_grad()

@@ -81,8 +81,9 @@ def make_strategy(
         if precision == "16-mixed":
             return _fsdp1(sharding, cpu_offload)
         shard = partial(
-            shard_blocks, sharding=sharding, cpu_offload=cpu_offload, num_nodes=num_nodes
-        )
+            shard_blocks, sharding=sharding, cpu_offload=cpu_offload, num_nodes=num_nodes,
+            half=torch.bfloat16 if precision == "bf16-mixed" else None,
+        )  # fmt: skip
         return ModelParallelStrategy(
             parallelize_fn=shard,
             data_parallel_size=world,
@@ -103,10 +104,28 @@ def make_strategy(
 
 
 def shard_blocks(
-    model: nn.Module, mesh: DeviceMesh, *, sharding: str, cpu_offload: bool, num_nodes: int
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    sharding: str,
+    cpu_offload: bool,
+    num_nodes: int,
+    half: torch.dtype | None = None,
 ) -> nn.Module:
-    """Shard each transformer block, then what is left at the root (embedding, head, last norm)."""
-    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+    """Shard each transformer block, then what is left at the root (embedding, head, last norm).
+
+    Args:
+        model: changed in place.
+        mesh: Fabric's, with the dimension "data_parallel".
+        sharding: as in `make_strategy`.
+        cpu_offload: keep the shards in host memory.
+        num_nodes: nodes, for hybrid sharding.
+        half: gather the linear layers of blocks in this type, the one that autocast multiplies in:
+            half of the bytes, and no copies kept beside them. Gradients are summed in float32.
+            A block that is compiled and checkpointed stays as it is: norms that are gathered
+            apart would cut it in two, which the compiler cannot do inside a checkpoint.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     data_mesh = mesh["data_parallel"]
     if sharding == "hybrid":
@@ -117,11 +136,27 @@ def shard_blocks(
     options: dict[str, Any] = {"mesh": data_mesh}
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
-    for module in model.modules():
-        if isinstance(module, Block):
-            fully_shard(module, reshard_after_forward=sharding != "grad_op", **options)
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        of_block = {**options, "reshard_after_forward": sharding != "grad_op"}
+        uncut = block._compiled_call_impl is not None and hasattr(block, "checkpointing")
+        if half is not None and not uncut:
+            for module in _exact_parts(block):
+                fully_shard(module, **of_block)
+            of_block["mp_policy"] = MixedPrecisionPolicy(
+                param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        fully_shard(block, **of_block)
     # The root is needed again at once in the backward pass: gathering it twice would be waste.
     return fully_shard(model, reshard_after_forward=False, **options)
+
+
+def _exact_parts(block: nn.Module) -> list[nn.Module]:
+    """Return what autocast leaves in float32, inner modules first: norms, stacked experts."""
+    return [
+        module
+        for module in reversed(list(block.modules()))
+        if not isinstance(module, nn.Linear) and any(True for _ in module.parameters(recurse=False))
+    ]
 
 
 def _fsdp1(sharding: str, cpu_offload: bool) -> FSDPStrategy:

@@ -79,7 +79,7 @@ def test_experts_after_the_mlp_add_nothing_at_first(dense: Path, tmp_path: Path)
     upcycle(dense, tmp_path / "moe", placement="after", n_expert=5, moe_intermediate_size=7)
     assert torch.equal(logits(tmp_path / "moe"), logits(dense))  # to the bit
     for block in opened(tmp_path / "moe").transformer.h:
-        assert block.moe.experts.fc.std() > 0, "an expert that is all zero would never learn"
+        assert block.moe.experts.fc.weight.std() > 0, "an expert that is all zero would never learn"
 
 
 def test_noise_parts_the_copies_and_is_said(
@@ -90,9 +90,11 @@ def test_noise_parts_the_copies_and_is_said(
     upcycle(dense, tmp_path / "noisy", moe_intermediate_size=48, noise=0.1)
     assert "logits differ from the dense model's: noise of 0.1" in capsys.readouterr().out
     same, noisy = (opened(tmp_path / name).transformer.h[1].mlp for name in ("same", "noisy"))
-    assert torch.equal(same.experts.fc[0], same.experts.fc[1])
-    difference = noisy.experts.fc - same.experts.fc
-    assert float(difference.std() / same.experts.fc.std()) == pytest.approx(0.1, rel=0.05)
+    assert torch.equal(same.experts.fc.weight[0], same.experts.fc.weight[1])
+    difference = (noisy.experts.fc.weight - same.experts.fc.weight).detach()
+    assert float(difference.std() / same.experts.fc.weight.detach().std()) == pytest.approx(
+        0.1, rel=0.05
+    )
     assert not torch.equal(difference[0], difference[1])
 
 
@@ -106,7 +108,7 @@ def test_a_shared_expert_starts_silent(dense: Path, tmp_path: Path) -> None:
     ids = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(gpt(ids), logits(dense), rtol=2e-5, atol=2e-5)
-    assert gpt.transformer.h[0].mlp.shared_experts.fc.std() > 0
+    assert gpt.transformer.h[0].mlp.shared_experts.fc.weight.std() > 0
 
 
 def test_what_goes_along_and_what_does_not(dense: Path, tmp_path: Path) -> None:
@@ -165,6 +167,16 @@ def test_what_cannot_be_upcycled_is_told_in_one_line(
     assert not (tmp_path / "moe").exists()
 
 
+def test_weights_of_another_model_than_the_config_beside_them_are_told(
+    dense: Path, tmp_path: Path
+) -> None:
+    state = torch.load(dense / "lit_model.pth")
+    state["transformer.ln_f.weight"] = torch.ones(7)
+    torch.save(state, dense / "lit_model.pth")
+    with pytest.raises(UserError, match=r"transformer.ln_f.weight differs \(1 such tensors\)"):
+        upcycle(dense, tmp_path / "moe")
+
+
 def test_experts_are_not_upcycled_again(dense: Path, tmp_path: Path) -> None:
     upcycle(dense, tmp_path / "moe")
     with pytest.raises(UserError, match="has 8 experts per layer already"):
@@ -195,7 +207,7 @@ def test_upcycled_experts_learn_and_part_without_noise(
         assert losses[-1] < losses[0] - 0.5
         block = gpt.transformer.h[0]
         experts = (block.moe if hasattr(block, "moe") else block.mlp).experts
-        for stack in (experts.fc, experts.proj):
+        for stack in (experts.fc.weight, experts.proj.weight):
             for one in range(4):
                 for other in range(one):
                     assert (stack[one] - stack[other]).abs().max() > 1e-3
@@ -215,4 +227,6 @@ def test_the_command_says_what_it_made(
     state = torch.load(f"{out}/lit_model.pth")
     size = sum(t.numel() for name, t in state.items() if not name.endswith("selection_bias"))
     assert f"{out}: phi1-test-moe, {size:,} parameters, of which a token visits" in said
-    assert "--initial_checkpoint_dir" in said
+    assert f"litgpt pretrain phi1-test-moe --initial_checkpoint_dir {out} --train" in said
+    upcycle(tiny_checkpoint_dir, tmp_path / "own", n_expert=6)  # a model without a name
+    assert f"train on: litgpt finetune_full {tmp_path / 'own'} " in capsys.readouterr().out

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from litgpt import GPT, Config
+from litgpt.prompts import Default
 from litgpt.utils import save_config
 from runs import assert_same_to_the_bit, losses, quiet_environment, rows
 from torch.nn import functional as F
@@ -315,6 +316,18 @@ def test_options_that_a_model_cannot_follow_are_told_together(
         )  # fmt: skip
     assert "train.balance_loss is -1.0; it must not be negative" in str(error.value)
     assert "train.router_jitter is 1.5; choose 0 to below 1" in str(error.value)
+
+
+def test_biases_are_not_moved_where_they_would_not_be_saved(starts: dict[str, Path]) -> None:
+    from phi_lit.data.textbook import CodeTextbook
+    from phi_lit.train.adaptation import LORA
+    from phi_lit.train.job import Job
+
+    config = LORA.configure(starts[MODELS[0]], {"lora_r": 2, "lora_query": True})
+    options = {"train": TrainArgs(balance_bias_rate=0.001, balance_loss=0.01)}
+    job = Job("finetune", config, CodeTextbook(), None, starts[MODELS[0]], Default(), options)
+    (fault,) = LORA.faults(job)
+    assert "balance_bias_rate moves what belongs to the base model" in fault
 
 
 def test_the_record_stays_small_and_the_logger_gets_every_layer(

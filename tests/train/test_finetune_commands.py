@@ -47,6 +47,19 @@ def base(recipe: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="session")
+def experts(
+    recipe: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A pretrained model with experts."""
+    from runs import pretrain
+
+    out = tmp_path_factory.mktemp("experts") / "out"
+    short = {"max_steps": 20, "save_interval": 20}
+    pretrain(recipe(out, model_name="phi1-test-moe", train=short, eval={"interval": 20}))
+    return out / "final"
+
+
+@pytest.fixture(scope="session")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("examples") / "examples.json"
     words = ("return", "import", "class", "value")
@@ -217,6 +230,51 @@ def test_a_quantized_base_can_be_finetuned_on_a_cpu(
         assert losses(half) == losses(out)
 
 
+@pytest.mark.parametrize(
+    ("method", "more"), [("lora", {"lora_mlp": True, "lora_r": 4}), ("adapter_v2", {})]
+)
+def test_models_with_experts_are_adapted_too(
+    tmp_path: Path, finetune: Callable[..., Path], experts: Path, method: str, more: dict[str, Any]
+) -> None:
+    out = finetune(
+        method, tmp_path / "out", checkpoint_dir=str(experts),
+        eval={"initial_validation": True, "interval": 12}, **more,
+    )  # fmt: skip
+    held_out = [row["val_loss"] for row in rows(out) if "val_loss" in row]
+    assert held_out[-1] < held_out[0]
+    if method == "lora":
+        gpt = GPT(Config.from_file(out / "final" / "model_config.yaml"))
+        gpt.load_state_dict(weights_of(out / "final"))
+        moved = {
+            name
+            for name, tensor in weights_of(out / "final").items()
+            if not torch.equal(tensor, weights_of(experts)[name])
+        }
+        assert any("experts" in name for name in moved)
+        assert not any("wte" in name or "norm" in name for name in moved)
+
+
+@pytest.mark.parametrize("kind", ["CodeExercises", "Instruct"])
+def test_our_examples_train_lora_packed(
+    tmp_path: Path, finetune: Callable[..., Path], kind: str
+) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(
+        "\n".join(
+            json.dumps({"prompt": f"def f{n}(x):\n", "response": "    return x" + " + 1" * (n % 5)})
+            for n in range(60)
+        )
+    )
+    source = {"path": str(path), "prompt": "prompt", "answer": "response"}
+    mode = {"mode": "sft"} if kind == "CodeExercises" else {"prompt_style": "default"}
+    data = {
+        "class_path": kind,
+        "init_args": {"sources": [source], "data_dir": str(tmp_path / "data"), **mode},
+    }
+    out = finetune("lora", tmp_path / "out", data=data, train={"pack": True, "max_steps": 6})
+    assert losses(out)[-1] < losses(out)[0]
+
+
 def test_flat_arrays_of_code_train_lora_too(
     tmp_path: Path, finetune: Callable[..., Path], corpus: Path
 ) -> None:
@@ -234,13 +292,14 @@ def test_flat_arrays_of_code_train_lora_too(
 def test_samples_are_written_and_training_goes_on_with_dropout(
     tmp_path: Path, finetune: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = finetune("lora", tmp_path / "plain", eval={"interval": 4})
-    capsys.readouterr()
-    out = finetune(
-        "lora", tmp_path / "out", eval={"interval": 4}, train={"sample_prompt": "say return"}
-    )
-    assert capsys.readouterr().err.count("--- sample after step") == 3
-    assert losses(out) == losses(plain)
+    """A question of the data by default, as in LitGPT; masks of dropout after it are the same."""
+    rare = finetune("lora", tmp_path / "rare", eval={"interval": 12})
+    assert capsys.readouterr().err.count("--- sample after step") == 1
+    often = finetune("lora", tmp_path / "often", eval={"interval": 4, "max_new_tokens": 5})
+    told = capsys.readouterr().err
+    assert told.count("--- sample after step") == 3
+    assert told.count("say ") == 3
+    assert losses(often) == losses(rare)
 
 
 def test_what_cannot_be_is_told_in_one_line(
@@ -256,7 +315,7 @@ def test_what_cannot_be_is_told_in_one_line(
     assert "train.attention_dropout does not reach" in text
     assert "tie_embeddings" in text
     assert "LoRA is asked for nowhere" in said("lora", lora_query=False, lora_value=False)
-    assert "there is no directory" in said("lora", checkpoint_dir=str(tmp_path / "none"))
+    assert "does not exist" in said("lora", checkpoint_dir=str(tmp_path / "none"))
     assert "precision bf16-mixed cannot be" in said(
         "lora", quantize="bnb.nf4", precision="bf16-mixed"
     )
@@ -265,6 +324,7 @@ def test_what_cannot_be_is_told_in_one_line(
     (sharded / "checkpoint.json").write_text(
         json.dumps({"format": 1, "step": 1, "files": {}, "sharded": True})
     )
+    (sharded / "shard-00000-of-00002.pth").touch()
     assert "phi-lit consolidate" in said("lora", checkpoint_dir=str(sharded))
 
 
@@ -280,13 +340,26 @@ def test_litgpts_own_loop_counts_rows_without_a_target_and_merges(
     short = {"instruction": "a", "input": "", "output": "b c d"}
     path = tmp_path / "examples.json"
     path.write_text(json.dumps([{**long, "output": "lost"}, short] * 8))
-    words = ["litgpt", "finetune_lora", str(base), "--out_dir", str(tmp_path / "out")]
-    words += ["--precision", "32-true", "--data", "JSON", "--data.json_path", str(path)]
-    words += ["--data.val_split_fraction", "0.4", "--data.mask_prompt", "true"]
-    words += ["--data.num_workers", "0", "--data.prompt_style", "raw"]
-    words += ["--train.global_batch_size", "2", "--train.max_steps", "2", "--train.epochs", "1"]
-    words += ["--train.lr_warmup_steps", "1", "--train.max_seq_length", "24"]
-    words += ["--eval.max_new_tokens", "4", "--eval.interval", "1", "--eval.max_iters", "20"]
+    config = tmp_path / "config.yaml"
+    data = {
+        "json_path": str(path), "val_split_fraction": 0.4, "mask_prompt": True, "num_workers": 0,
+        "prompt_style": {"class_path": "litgpt.prompts.Default"},
+    }  # fmt: skip
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "checkpoint_dir": str(base), "out_dir": str(tmp_path / "out"),
+                "precision": "32-true",
+                "data": {"class_path": "litgpt.data.JSON", "init_args": data},
+                "train": {
+                    "global_batch_size": 2, "max_steps": 2, "epochs": 1, "lr_warmup_steps": 1,
+                    "max_seq_length": 24,
+                },
+                "eval": {"max_new_tokens": 4, "interval": 1, "max_iters": 20},
+            }
+        )
+    )  # fmt: skip
+    words = ["litgpt", "finetune_lora", "--config", str(config)]
     monkeypatch.setattr("sys.argv", words)
     main()
     told = capsys.readouterr()
@@ -337,3 +410,25 @@ def test_a_finetuned_checkpoint_generates_from_the_command_line(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "say return" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_sharded_ranks_adapt_as_one(
+    tmp_path: Path, finetune: Callable[..., Path], base: Path
+) -> None:
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}
+    one = finetune(
+        "lora", tmp_path / "one", optimizer=sgd, lora_dropout=0.0, train={"micro_batch_size": 2}
+    )
+    arguments = yaml.safe_load((tmp_path / "one.yaml").read_text())
+    arguments |= {"out_dir": str(tmp_path / "two"), "devices": 2, "strategy": "fsdp"}
+    config = tmp_path / "two.yaml"
+    config.write_text(yaml.safe_dump(arguments))
+    done = subprocess.run(
+        [LITGPT, "finetune_lora", "--config", str(config)],
+        env=quiet_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), abs=1e-5)
+    ours, theirs = (weights_of(tmp_path / name / "final") for name in ("two", "one"))
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-5) for name in theirs)

@@ -19,7 +19,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def gpu():
-    sys.path.insert(0, str(BENCHMARKS))  # as when the script is run: it has a neighbour
+    sys.path.insert(0, str(BENCHMARKS))  # as when the script is run: it has neighbours
     spec = importlib.util.spec_from_file_location("gpu_script", BENCHMARKS / "gpu.py")
     assert spec is not None
     assert spec.loader is not None
@@ -52,22 +52,23 @@ def test_every_contestant_runs_and_is_in_the_table(gpu, tmp_path, one_thread):
 
 def test_all_sides_compute_the_same_loss(gpu, one_thread):
     from lightning import Fabric
+    from one_gpu.cases import Case
+    from one_gpu.sides import BUILDERS
 
     config = Config(**MODELS["phi1-test"])
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     ids = torch.randint(0, 500, (2, 65), generator=torch.Generator().manual_seed(0))
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     losses = {}
-    for side, build in gpu.BUILDERS.items():
+    for side, build in BUILDERS.items():
         torch.manual_seed(0)
-        loss_of, module = build(
-            gpu.Case(side, "phi1-test", "32-true", compile=False), config, fabric
-        )
+        case = Case(side, "phi1-test", "32-true", compile=False)
+        loss_of, module = build(case, config, fabric)
         with torch.no_grad():  # a uniform guess, whatever the parameters' names
             for parameter in module.parameters():
                 parameter.zero_()
         losses[side] = loss_of(inputs, targets).item()
-    assert losses == pytest.approx(dict.fromkeys(gpu.BUILDERS, torch.tensor(512.0).log().item()))
+    assert losses == pytest.approx(dict.fromkeys(BUILDERS, torch.tensor(512.0).log().item()))
 
 
 def test_a_second_run_measures_only_what_is_missing(gpu, tmp_path, one_thread, capsys):
@@ -93,6 +94,10 @@ def test_a_measurement_that_fails_or_lasts_too_long_ends_only_itself(gpu, tmp_pa
 
 
 def test_running_out_of_memory_ends_the_growth_with_a_note(gpu, monkeypatch):
+    from one_gpu import speed
+    from one_gpu.book import best
+    from one_gpu.cases import Case
+
     calls = []
 
     def measure_size(case, device, rows, steps, accumulate):
@@ -101,11 +106,11 @@ def test_running_out_of_memory_ends_the_growth_with_a_note(gpu, monkeypatch):
             raise RuntimeError("step failed") from torch.OutOfMemoryError("CUDA out of memory")
         return {"tokens_per_second": 10.0 * rows}
 
-    monkeypatch.setattr(gpu, "measure_size", measure_size)
-    case = gpu.Case("ours", "phi1-test", "32-true")
-    results = list(gpu.measure_speed(case, "cpu", [1, 2, 4, 8], 1, 1))
+    monkeypatch.setattr(speed, "measure_size", measure_size)
+    case = Case("ours", "phi1-test", "32-true")
+    results = list(speed.measure_speed(case, "cpu", [1, 2, 4, 8], 1, 1))
     assert calls == [1, 2, 4]
-    assert gpu.best(results)["micro_batch"] == 2
+    assert best(results)["micro_batch"] == 2
     assert results[-1] == {"micro_batch": 4, "out_of_memory": True}
 
 
