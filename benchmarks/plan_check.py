@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from phi_lit.registry import MODELS
 from phi_lit.train.checkpointing import apply_activation_checkpointing
 from phi_lit.train.dropout import apply_dropout
-from phi_lit.train.memory import Layout, predict
+from phi_lit.train.layout import Layout
+from phi_lit.train.memory import predict
 from phi_lit.train.model import LossModel, compile_blocks
 from phi_lit.train.optim import build_optimizer
 

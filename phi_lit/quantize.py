@@ -238,7 +238,10 @@ def cpu_linear(mode: str, dtype: torch.dtype) -> type[OnLoad]:
             self.packs = fast and self.out_features % 32 == 0 and self.in_features % 64 == 0
 
         def forget_weight(self) -> None:
-            self._hold(torch.empty(self.out_features, self.in_features, device="cpu"), None)
+            shape, none = torch.Size((self.out_features, self.in_features)), torch.empty(0)
+            state = bnb.functional.QuantState(none, shape=shape, code=none, quant_type=bits)
+            codes = torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8, device="cpu")
+            self._hold(codes, state)  # LitGPT counts parameters by the state's shape
 
         def quantize_(self, weight: Tensor) -> None:
             packed, state = _quantize_4bit(weight, bits, nested)
@@ -252,6 +255,11 @@ def cpu_linear(mode: str, dtype: torch.dtype) -> type[OnLoad]:
                 data, requires_grad=False, quant_state=state, bnb_quantized=True, **how
             )
             self.quant_state = state
+
+        def train(self, mode: bool = True) -> "Linear4bit":
+            # a finetuning's samples run in inference mode too, and it goes on training afterwards
+            self.packs = self.packs and not mode
+            return super().train(mode)
 
         def forward(self, x: Tensor) -> Tensor:
             # packed weights have no gradient: QLoRA's validation must leave them as they are

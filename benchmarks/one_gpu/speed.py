@@ -88,7 +88,8 @@ def measure_size(case: Case, device: str, rows: int, steps: int, accumulate: int
 
 def predicted(case: Case, config: Any, rows: int, accumulate: int, device: str) -> dict[str, float]:
     """Return what `phi-lit plan` would have said about our side's memory."""
-    from phi_lit.train.memory import Layout, predict
+    from phi_lit.train.layout import Layout
+    from phi_lit.train.memory import predict
 
     if case.side != "ours":
         return {}

@@ -26,6 +26,11 @@ ELEMENTWISE = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
 """Optimizers of torch.optim that can step flattened tensors, which is all that ZeRO hands them."""
 
 
+BUCKET, LIVE = 50_000_000, 200_000_000
+"""Numbers of gradients that are exchanged at a time, and of weights that stage 3 may hold whole
+(DeepSpeed's defaults are ten and five times as many, more than phi-1-small has)."""
+
+
 def check_deepspeed(*, sharding: str, precision: str, optimizer: type) -> list[str]:
     """Return what DeepSpeed cannot do of what is asked, a sentence each."""
     faults = []
@@ -58,6 +63,11 @@ def config_of(
         "stage": STAGES[sharding],
         # Its linear function adds the bias in place, to what selective checkpointing has kept.
         "memory_efficient_linear": checkpointing != "selective",
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        "stage3_prefetch_bucket_size": BUCKET,
+        "stage3_max_live_parameters": LIVE,
+        "stage3_max_reuse_distance": LIVE,
     }
     if cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

@@ -155,11 +155,16 @@ def test_experts_are_quantized_too(tmp_path, mode):
 def test_qlora_learns_on_a_cpu_and_validation_does_not_stop_it(talker_dir, load_talker):
     """LoRA's gradients equal those beside the dequantised weights, also after an evaluation."""
     from litgpt.lora import GPT, mark_only_lora_as_trainable
+    from litgpt.utils import num_parameters
 
     lora = dict(lora_r=4, lora_alpha=8, lora_query=True, lora_value=True, lora_mlp=True)
     torch.manual_seed(0)
     _, model = loaded(talker_dir, "nf4", **lora)
     mark_only_lora_as_trainable(model.module)
+    counted = num_parameters(GPT(model.module.config))
+    built = quantize.cpu_linear("nf4", torch.float32)(64, 128, bias=False)  # not loaded yet
+    assert num_parameters(built) == 64 * 128
+    assert num_parameters(model.module) == counted
     plain = GPT(model.module.config)
     plain.load_state_dict(
         {k: v for k, v in model.module.state_dict().items() if ".linear.weight" not in k},

@@ -16,9 +16,18 @@ from runs import pretrain
 
 
 def train_on_ranks(arguments: dict[str, Any], world: int = 2) -> list[tuple[int, str]]:
-    """Run a training on `world` processes; returns each one's (exit code, standard error)."""
+    """Run a training on `world` processes; returns each one's (exit code, what it said)."""
     import phi_lit.train.launch  # noqa: F401  (imported before the forks)
 
+    arguments = {**arguments, "devices": world}
+    return on_ranks(lambda: pretrain(arguments), Path(arguments["out_dir"]), world)
+
+
+def on_ranks(action: Callable[[], None], said: Path, world: int = 2) -> list[tuple[int, str]]:
+    """Do something on `world` processes that find each other; returns (exit code, output) of each.
+
+    Their output lies beside `said`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -26,18 +35,13 @@ def train_on_ranks(arguments: dict[str, Any], world: int = 2) -> list[tuple[int,
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world),
         "NODE_RANK": "0",
     }  # fmt: skip
-    out_dir = Path(arguments["out_dir"])
-    said = [out_dir.with_name(f"{out_dir.name}-rank{rank}.txt") for rank in range(world)]
+    files = [said.with_name(f"{said.name}-rank{rank}.txt") for rank in range(world)]
     children = [
-        forked(
-            lambda: pretrain({**arguments, "devices": world}),
-            {**environment, "LOCAL_RANK": str(rank)},
-            said[rank],
-        )
-        for rank in range(world)
+        forked(action, {**environment, "LOCAL_RANK": str(rank)}, file)
+        for rank, file in enumerate(files)
     ]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return [(code, path.read_text()) for code, path in zip(codes, said, strict=True)]
+    return [(code, file.read_text()) for code, file in zip(codes, files, strict=True)]
 
 
 def forked(action: Callable[[], None], environment: dict[str, str], said: Path) -> int:

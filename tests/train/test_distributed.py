@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from ranks import train_on_ranks
 from runs import assert_same_to_the_bit, losses, quiet_environment
 
 LITGPT = str(Path(sys.executable).with_name("litgpt"))
@@ -19,20 +20,12 @@ SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9
 
 
 @pytest.fixture
-def launch(recipe: Callable[..., dict[str, Any]]) -> Callable[..., Path]:
-    """Runs plain `litgpt pretrain` in processes of its own; returns the output directory."""
+def launch(recipe: Callable[..., dict[str, Any]], one_thread: None) -> Callable[..., Path]:
+    """Trains on several processes; returns the output directory."""
 
-    def run(out_dir: Path, **changes: Any) -> Path:
-        config = out_dir.with_suffix(".yaml")
-        config.write_text(yaml.safe_dump(recipe(out_dir, **changes)))
-        done = subprocess.run(
-            [LITGPT, "pretrain", "--config", str(config)],
-            env=quiet_environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    def run(out_dir: Path, *, devices: int, **changes: Any) -> Path:
+        for code, said in train_on_ranks(recipe(out_dir, **changes), devices):
+            assert code == 0, said[-4000:]
         return out_dir
 
     return run
@@ -43,6 +36,23 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
     second = torch.load(other / "final" / "lit_model.pth", weights_only=True)["model"]
     for name, value in first.items():
         assert torch.allclose(value, second[name], rtol=0, atol=tolerance), name
+
+
+def test_the_command_starts_its_processes_itself(
+    tmp_path: Path, train: Callable[..., Path], recipe: Callable[..., dict[str, Any]]
+) -> None:
+    plain = {"optimizer": SGD, "train": {**NO_DROPOUT, "micro_batch_size": 2}}
+    one = train(tmp_path / "one", **plain)
+    two = recipe(tmp_path / "two", strategy="ddp", devices=2, **plain)
+    config = tmp_path / "two.yaml"
+    config.write_text(yaml.safe_dump(two))
+    done = subprocess.run(
+        [LITGPT, "pretrain", "--config", str(config)],
+        env=quiet_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), abs=1e-5)
+    assert_close(tmp_path / "two", one, tolerance=2e-5)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -91,6 +101,23 @@ def test_two_sharded_ranks_resume_to_the_bit_with_dropout(
     launch(half, **sharded, train={"lr_total_steps": 12}, resume="auto")
     assert losses(half) == losses(whole)
     assert_same_to_the_bit(half / "latest", whole / "latest")
+
+
+def test_blocks_gathered_in_bf16_train_as_one_process_and_resume_to_the_bit(
+    tmp_path: Path, train: Callable[..., Path], launch: Callable[..., Path]
+) -> None:
+    mixed = {"precision": "bf16-mixed", "optimizer": SGD}
+    sharded = {**mixed, "strategy": "fsdp", "devices": 2}
+    recipe = {**NO_DROPOUT, "micro_batch_size": 2}
+    one = train(tmp_path / "one", **mixed, train=recipe)
+    two = launch(tmp_path / "two", **sharded, train=recipe)
+    assert losses(two) == pytest.approx(losses(one), abs=2e-4)
+    assert_close(two, one, tolerance=1e-4)
+    half = {**recipe, "max_steps": 8, "lr_total_steps": 12, "activation_checkpointing": "full"}
+    part = launch(tmp_path / "part", **sharded, train=half)
+    launch(part, **sharded, train={**recipe, "lr_total_steps": 12}, resume="auto")
+    assert losses(part) == losses(two)
+    assert_same_to_the_bit(part / "latest", two / "latest")
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from phi_lit.errors import UserError
 from phi_lit.registry import MODELS
 from phi_lit.train import memory
 from phi_lit.train.args import TrainArgs
-from phi_lit.train.memory import Layout
+from phi_lit.train.layout import Layout
 from phi_lit.train.plan import describe, find_model, plan, predict_run
 
 ROOT = Path(__file__).parents[2]
@@ -196,6 +196,21 @@ def test_predicted_memory_is_what_a_step_allocates(plan_check, changes, one_thre
     assert predicted.total == pytest.approx(measured.total, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["phi1-nano-moe", "phi1-nano-moe-after"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(precision="bf16-mixed"), dict(checkpointing="selective"), dict(checkpointing="full")],
+    ids=str,
+)
+def test_predicted_memory_of_experts(plan_check, name, changes, one_thread):
+    config = Config(**dict(MODELS[name], n_layer=2))
+    layout = replace(plan_check.BASE, micro_batch=2, seq_length=128, **changes)
+    measured, predicted = plan_check.measure(config, layout), memory.predict(config, layout)
+    assert predicted.parameters == measured.parameters
+    assert predicted.kept == pytest.approx(measured.kept, rel=0.1)
+    assert predicted.total == pytest.approx(measured.total, rel=0.1)
+
+
 def test_sharding_divides_the_states():
     layout = Layout(micro_batch=1, seq_length=2048, accumulates=False)
     alone = memory.predict(PHI_1, layout)
@@ -205,6 +220,33 @@ def test_sharding_divides_the_states():
     assert sharded.activations == alone.activations
     offloaded = memory.predict(PHI_1, replace(layout, strategy="fsdp", ranks=8, cpu_offload=True))
     assert offloaded.parameters == offloaded.optimizer == 0
+
+
+def test_fsdp_gathers_half_under_bf16_mixed_and_keeps_no_copies():
+    layout = Layout(micro_batch=1, seq_length=2048, strategy="fsdp", ranks=8, precision="32-true")
+    exact, half = (
+        memory.predict(PHI_1, replace(layout, precision=name, accumulates=False))
+        for name in ("32-true", "bf16-mixed")
+    )
+    assert half.weight_copies == 0
+    assert half.parameters == exact.parameters
+    assert 0.5 * exact.gathered < half.gathered < exact.gathered  # the head stays float32
+    cut = replace(layout, precision="bf16-mixed", checkpointing="full")
+    assert not cut.half_blocks  # a compiled, checkpointed block cannot be cut at its norm
+
+
+def test_zero_keeps_weights_of_its_own_beside_the_moments():
+    layout = Layout(micro_batch=1, seq_length=2048, strategy="deepspeed", ranks=8)
+    n = memory.count_parameters(PHI_1).total
+    two, three = (
+        memory.predict(PHI_1, replace(layout, sharding=sharding))
+        for sharding in ("grad_op", "full")
+    )
+    assert (two.parameters, three.parameters) == (4 * n, 4 * n / 8)
+    assert two.optimizer == three.optimizer == 12 * n / 8
+    assert two.gradients == three.gradients == 4 * n / 8
+    half = memory.predict(PHI_1, replace(layout, sharding="full", precision="16-mixed"))
+    assert (half.parameters, half.optimizer) == (2 * n / 8, 12 * n / 8)
 
 
 def test_data_parallel_copies_the_gradients_into_buckets():

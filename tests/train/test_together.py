@@ -22,7 +22,13 @@ def small_files_only() -> Any:
 
 
 @pytest.mark.parametrize(
-    "saving", [{}, {"async_save": True}, {"checkpoint_format": "sharded"}], ids=str
+    "saving",
+    [
+        {"checkpoint_format": "sharded"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"async_save": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_full_disk_ends_all_ranks_with_one_line(
     tmp_path: Path,
