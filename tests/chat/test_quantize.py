@@ -194,7 +194,7 @@ def test_qlora_learns_on_a_cpu_and_validation_does_not_stop_it(talker_dir, load_
 def test_litgpts_commands_take_our_plugin():
     import importlib
 
-    from phi_lit.seams import BITSANDBYTES_USERS
+    from phi_lit.seam_table import BITSANDBYTES_USERS
 
     for name in BITSANDBYTES_USERS:
         assert importlib.import_module(name).BitsandbytesPrecision is BitsandbytesPrecision
