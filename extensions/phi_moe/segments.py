@@ -125,8 +125,8 @@ def experts(
 
 
 @experts.register_fake
-def _(x_ND, weight_NK, order_S, end_E, fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED, activation):  # type: ignore[no-untyped-def]
-    return x_ND.new_empty(x_ND.shape), x_ND.new_empty((order_S.shape[0], fc_EHD.shape[1]))
+def _(x_ND: Tensor, weight_NK: Tensor, order_S: Tensor, end_E: Tensor, *rest: Any) -> Any:
+    return x_ND.new_empty(x_ND.shape), x_ND.new_empty((order_S.shape[0], rest[0].shape[1]))
 
 
 @torch.library.custom_op("phi_moe::experts_backward", mutates_args=())
@@ -173,9 +173,11 @@ def experts_backward(
         if trains:
             again = expert == before
             fc, fc_bias, proj, proj_bias = grads
+            assert fc is not None
+            assert proj is not None
             _put(fc[expert], h_grad, x_ND.index_select(0, token), again)
             _put(proj[expert], grad, a, again)
-            if fc_bias is not None:
+            if fc_bias is not None and proj_bias is not None:
                 put = Tensor.add_ if again else Tensor.copy_
                 put(fc_bias[expert], h_grad.sum(0))
                 put(proj_bias[expert], grad.sum(0))
@@ -191,12 +193,10 @@ def experts_backward(
 
 
 @experts_backward.register_fake
-def _(
-    grad_ND, x_ND, weight_NK, order_S, end_E, fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED, h_SH,
-    activation, trains,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    stacks = [s for s in (fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED) if s is not None and trains]
-    return [t.new_empty(t.shape) for t in (x_ND, weight_NK, *stacks)]
+def _(*arguments: Any) -> list[Tensor]:
+    _, x_ND, weight_NK, _, _, *stacks, _, _, trains = arguments
+    made = (x_ND, weight_NK, *(stack for stack in stacks if stack is not None and trains))
+    return [like.new_empty(like.shape) for like in made]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -219,7 +219,15 @@ experts.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.phi_moe.experts)
 def _forward_flops(
-    x: Any, weight: Any, order: Any, end: Any, fc: Any, fc_bias: Any, proj: Any, *rest: Any, **_: Any
+    x: Any,
+    weight: Any,
+    order: Any,
+    end: Any,
+    fc: Any,
+    fc_bias: Any,
+    proj: Any,
+    *rest: Any,
+    **_: Any,
 ) -> int:
     """Count a multiply and an add as two, for each visit; arguments come as shapes."""
     return 2 * order[0] * (fc[1] * fc[2] + proj[1] * proj[2])
