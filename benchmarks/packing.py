@@ -186,9 +186,9 @@ def useful(kind: str, examples: Examples, batch: int) -> float:
 def main() -> None:
     import torch
 
-    parser = arguments(__doc__.split("\n")[0], rounds=5)
+    parser = arguments(__doc__.split("\n")[0], rounds=3)
     parser.add_argument("--lengths", choices=("stdlib", "orca"), default="stdlib")
-    parser.add_argument("--examples", type=int, default=48, help="examples in a turn")
+    parser.add_argument("--examples", type=int, default=96, help="examples in a turn")
     parser.add_argument("--batch", type=int, nargs="*", default=[4, 16], help="padded together")
     options = parser.parse_args()
     about = machine(options.threads)

@@ -107,6 +107,7 @@ class LitGPT:
 
     def _ids(self, prompt: str, new: int, rows: int) -> Any:
         ids = self.tokenizer.encode(prompt)
+        self.gpt.clear_kv_cache()  # LitGPT warns of one that is too short
         self.gpt.max_seq_length = len(ids) + new
         self.gpt.set_kv_cache(batch_size=rows)
         return ids
@@ -333,7 +334,7 @@ def measure_all(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
              runner.failed or "")
         )  # fmt: skip
     columns = ["", "ms per completion", "tokens/s"]
-    columns += [f"x {by.name.split(',')[0]}" for by in runners[:4] if "ours" not in by.name]
+    columns += [f"x {by.name.rpartition(',')[0]}" for by in runners[:4] if "ours" not in by.name]
     print_table([*columns, ""], rows)
     return {r.name: dict(seconds=r.times, failed=r.failed) for r in runners}
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from phi_lit.seams import LITGPT_COMMANDS, stock
+from phi_lit.seam_table import LITGPT_COMMANDS
+from phi_lit.seams import stock
 
 HELP = """
 import contextlib, io, json, sys

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from extensions.phi_moe import segments
 from extensions.phi_moe.grouped import can_group, combine, dispatch
+from extensions.phi_moe.precision import as_given, cast
 from extensions.phi_moe.segments import activate, sort_visits
 from extensions.phi_moe.stacks import StackedLinear
 
@@ -68,10 +69,9 @@ class Experts(nn.Module):
         """
         if expert_NK.numel() <= FEW and x_ND.device.type == "cpu" and not torch.is_grad_enabled():
             return self._one_by_one(x_ND, weight_NK, expert_NK)
-        if torch.is_autocast_enabled(x_ND.device.type):
-            x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
+        x_ND = cast(x_ND)
         order_S, end_E = sort_visits(expert_NK, load_E)
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with as_given(x_ND):
             if self._fused(x_ND):
                 stacks = (self.fc.weight, self.fc.bias, self.proj.weight, self.proj.bias)
                 return segments.experts(x_ND, weight_NK, order_S, end_E, *stacks, self.activation)[

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from extensions.phi_moe.precision import as_given
+
 
 class Routing(NamedTuple):
     """How the last forward pass in training routed its tokens; detached."""
@@ -78,7 +80,7 @@ class Router(nn.Module):
     def forward(self, x_ND: Tensor) -> Tensor:
         """Return the logits (N, E): float32, or float64 if `x_ND` is."""
         exact = torch.promote_types(x_ND.dtype, torch.float32)
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with as_given(x_ND):
             return self.logits(x_ND.to(exact))
 
     def logits(self, x_ND: Tensor) -> Tensor:

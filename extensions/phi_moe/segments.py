@@ -17,12 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from extensions.phi_moe import pages
 from extensions.phi_moe.gemm import product
 
 ROWS = 1024
 """Visits at a time: what they make of activations should not be larger than the caches."""
+
+DEEP = 512
+"""Rows from which a weight's gradient is faster made in oneDNN and copied than written in place."""
 
 
 def sort_visits(expert_NK: Tensor, load_E: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,6 +68,15 @@ def _pieces(end_E: Tensor) -> Iterator[tuple[int, slice]]:
             start = stop
 
 
+def _put(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    """Write `left.T @ right` into `out`, or add it to what is there."""
+    if out.dtype == left.dtype and len(left) < DEEP:
+        torch.addmm(out, left.t(), right, beta=float(add), out=out)
+        return
+    made = product(left.t(), right.t())
+    (out.add_ if add else out.copy_)(made)
+
+
 def _row(stack: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
     return None if stack is None else stack[expert].to(dtype)
 
@@ -102,7 +115,8 @@ def experts(
     h_SH = pages.empty(x_ND, (len(order_S), fc_EHD.shape[1]))
     for expert, visits in _pieces(end_E):
         token = token_S[visits]
-        h = product(x_ND[token], fc_EHD[expert].to(dtype), _row(fc_bias_EH, expert, dtype))
+        x = x_ND.index_select(0, token)
+        h = product(x, fc_EHD[expert].to(dtype), _row(fc_bias_EH, expert, dtype))
         h_SH[visits] = h
         proj, proj_bias = proj_EDF[expert].to(dtype), _row(proj_bias_ED, expert, dtype)
         y = product(activate(h, activation), proj, proj_bias)
@@ -147,7 +161,7 @@ def experts_backward(
     before = -1
     for expert, visits in _pieces(end_E):
         token, weight = token_S[visits], weight_S[visits, None]
-        grad, h = grad_ND[token], h_SH[visits]
+        grad, h = grad_ND.index_select(0, token), h_SH[visits]
         a = activate(h, activation)
         inner = product(grad, proj_EDF[expert].to(dtype).t())
         visit_grad = (inner.to(weight.dtype) * a).sum(1)
@@ -157,11 +171,12 @@ def experts_backward(
         grad = (grad * weight).to(dtype)
         h_grad = _activate_backward((inner * weight).to(dtype), h, activation)
         if trains:
-            put = Tensor.copy_ if expert != before else Tensor.add_
+            again = expert == before
             fc, fc_bias, proj, proj_bias = grads
-            put(fc[expert], product(h_grad.t(), x_ND[token].t()))
-            put(proj[expert], product(grad.t(), a.t()))
+            _put(fc[expert], h_grad, x_ND.index_select(0, token), again)
+            _put(proj[expert], grad, a, again)
             if fc_bias is not None:
+                put = Tensor.add_ if again else Tensor.copy_
                 put(fc_bias[expert], h_grad.sum(0))
                 put(proj_bias[expert], grad.sum(0))
         before = expert
@@ -186,6 +201,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.activation = inputs
+    ctx.set_materialize_grads(False)  # nobody reads `h`: its gradient would be S x H zeros
     ctx.save_for_backward(*tensors, output[1])
 
 
@@ -199,3 +215,20 @@ def _backward(ctx: Any, grad_ND: Tensor, _h: Tensor) -> tuple:
 
 
 experts.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.phi_moe.experts)
+def _forward_flops(
+    x: Any, weight: Any, order: Any, end: Any, fc: Any, fc_bias: Any, proj: Any, *rest: Any, **_: Any
+) -> int:
+    """Count a multiply and an add as two, for each visit; arguments come as shapes."""
+    return 2 * order[0] * (fc[1] * fc[2] + proj[1] * proj[2])
+
+
+@register_flop_formula(torch.ops.phi_moe.experts_backward)
+def _backward_flops(
+    grad: Any, x: Any, weight: Any, order: Any, end: Any, fc: Any, fc_bias: Any, proj: Any,
+    *rest: Any, **_: Any,
+) -> int:  # fmt: skip
+    """Count both gradients of both products; frozen stacks need only one."""
+    return (1 + bool(rest[-1])) * _forward_flops(x, weight, order, end, fc, fc_bias, proj)

@@ -12,24 +12,20 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from phi_lit.errors import UserError
+from phi_lit.checks import check_inference
 from phi_lit.generate.loading import (
-    check_room,
     choose_precision,
+    has_room_twice,
     load_model,
     open_checkpoint,
 )
 from phi_lit.generate.prompts import Prompt, read_prompts
+from phi_lit.generate.request import encode_prompts, setting_faults
 from phi_lit.generate.results import open_results, to_line
-from phi_lit.generate.sampler import (
-    Completion,
-    Sampler,
-    encode_prompts,
-    raise_faults,
-    setting_faults,
-)
+from phi_lit.generate.sampler import Completion, Sampler
 from phi_lit.generate.sampling import Sampling
 from phi_lit.progress import progress
+from phi_lit.train.args import raise_together
 
 
 def generate(
@@ -86,9 +82,11 @@ def generate(
     faults = setting_faults(samples, max_new_tokens, sampling, stops)
     if batch_size != "auto" and batch_size < 1:
         faults.append(f"batch_size is {batch_size}; choose at least 1, or auto")
-    raise_faults(faults)
+    raise_together(faults)
     precision = choose_precision(precision)
-    _check_quantize(quantize)
+    check_inference(
+        checkpoint_dir, quantize=quantize, precision=precision, max_new_tokens=max_new_tokens
+    )
     found = read_prompts(prompts, prompt)
     checkpoint = open_checkpoint(checkpoint_dir)
     style = checkpoint.prompt_style(prompt_style)
@@ -96,7 +94,7 @@ def generate(
     encode_prompts(
         checkpoint.tokenizer, texts, checkpoint.config.block_size, [one.name for one in found]
     )
-    pack = check_room(checkpoint, precision, quantize)
+    pack = has_room_twice(checkpoint, precision, quantize)
     settings = {
         "samples": samples, "max_new_tokens": max_new_tokens, "temperature": temperature,
         "top_k": top_k, "top_p": top_p, "filter_thres": filter_thres, "stop": stops,
@@ -136,18 +134,6 @@ def _stops(stop: list[str] | str) -> list[str]:
                 file=sys.stderr,
             )
     return stops
-
-
-def _check_quantize(quantize: str | None) -> None:
-    """Raise a `UserError` where bitsandbytes has no such mode, or is not there."""
-    if quantize is None:
-        return
-    from phi_lit.quantize import check_mode, import_bitsandbytes
-
-    if not quantize.startswith("bnb."):
-        raise UserError(f"quantize is {quantize!r}; choose bnb.nf4, bnb.int8 or another of bnb's")
-    check_mode(quantize.removeprefix("bnb."))
-    import_bitsandbytes()
 
 
 def _hash(found: list[Prompt], texts: list[str]) -> str:

@@ -21,8 +21,9 @@ from litgpt.utils import (
     load_checkpoint,
 )
 
+from phi_lit.checks import free_bytes, predicted_bytes
 from phi_lit.errors import UserError, did_you_mean
-from phi_lit.generate.room import free_bytes
+from phi_lit.tensors import load_file
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 """The precisions that a model samples in."""
@@ -112,27 +113,10 @@ def choose_precision(precision: str | None) -> str:
     return precision
 
 
-def check_room(checkpoint: Checkpoint, precision: str, quantize: str | None) -> bool:
-    """Hold the weights' size against the memory that is free.
-
-    Returns:
-        Whether there is room for a second copy of them, laid out for faster products.
-
-    Raises:
-        UserError: there is not even room for one.
-    """
-    with torch.device("meta"):
-        count = sum(p.numel() for p in GPT(checkpoint.config).parameters())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    needed = count * (0.5 if quantize else DTYPES[precision].itemsize)
-    free = free_bytes(device)
-    if needed > free:
-        raise UserError(
-            f"not enough memory: {count / 1e6:,.0f} M parameters need {needed / 1e9:,.1f} GB in "
-            f"{quantize or precision}, {free / 1e9:,.1f} GB are free; choose precision bf16-true "
-            "or quantize bnb.nf4"
-        )
-    return 2 * needed < free
+def has_room_twice(checkpoint: Checkpoint, precision: str, quantize: str | None) -> bool:
+    """Tell whether a second copy of the weights fits, laid out for faster products."""
+    state = load_file(checkpoint.path / WEIGHTS)
+    return 2 * predicted_bytes(state.get("model", state), quantize, precision) < free_bytes()
 
 
 def load_model(checkpoint: Checkpoint, precision: str, quantize: str | None = None) -> GPT:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from phi_lit.checks import fault_of_text
 from phi_lit.errors import UserError
 
 RESULT_FIELDS = (
@@ -49,9 +50,9 @@ def read_prompts(prompts: str, prompt: str = "") -> list[Prompt]:
             "not empty"
         )
     if prompt:
-        found, faults = _checked([Prompt(prompt, "the prompt")])
-        _raise("--prompt", faults)
-        return found
+        if fault := fault_of_text(prompt):
+            raise UserError(f"{fault}: there is nothing to continue")
+        return [Prompt(prompt, "the prompt")]
     name = "standard input" if prompts == "-" else prompts
     lines = _read(prompts).removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines and not lines[-1]:
@@ -59,7 +60,7 @@ def read_prompts(prompts: str, prompt: str = "") -> list[Prompt]:
     if not lines:
         raise UserError(f"{name} is empty: no prompt in it")
     as_json = lines[0].lstrip().startswith(b"{")
-    parsed, faults = [], []
+    found, faults = [], []
     for number, line in enumerate(lines, start=1):
         try:
             text = line.decode()
@@ -73,9 +74,10 @@ def read_prompts(prompts: str, prompt: str = "") -> list[Prompt]:
         except ValueError as error:
             faults.append(f"line {number} {error}")
             continue
-        parsed.append(one)
-    found, empty = _checked(parsed)
-    _raise(name, faults + empty)
+        if fault := fault_of_text(one.text, one.name):
+            faults.append(fault)
+        found.append(one)
+    _raise(name, faults)
     return found
 
 
@@ -109,25 +111,6 @@ def _json_line(text: str, number: int) -> Prompt:
         raise ValueError(f"has a field {taken[0]!r}, which is a completion's; rename it")
     fields = {name: value for name, value in content.items() if name != "prompt"}
     return Prompt(content["prompt"], f"line {number}", fields)
-
-
-def _checked(prompts: list[Prompt]) -> tuple[list[Prompt], list[str]]:
-    """Return the prompts and what is wrong with their texts."""
-    faults = []
-    for prompt in prompts:
-        if not prompt.text:
-            faults.append(f"{prompt.name} is empty: there is nothing to continue")
-        elif not _is_text(prompt.text):
-            faults.append(f"{prompt.name} holds half of a surrogate pair, which is no character")
-    return prompts, faults
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _raise(name: str, faults: list[str]) -> None:

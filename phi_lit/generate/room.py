@@ -3,6 +3,7 @@
 import torch
 from litgpt.config import Config
 
+from phi_lit.checks import free_bytes
 from phi_lit.errors import UserError
 
 MOST_ROWS = {"cpu": 64, "cuda": 256}
@@ -20,15 +21,6 @@ def row_bytes(config: Config, dtype: torch.dtype, tokens: int) -> int:
         heads, head = config.n_query_groups, 2 * config.head_size
     kept = config.n_layer * heads * head * tokens * dtype.itemsize
     return kept + 4 * 4 * config.padded_vocab_size
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the memory that nobody uses."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
 
 
 def fitting_rows(
@@ -57,7 +49,7 @@ def fitting_rows(
     own = row_bytes(config, dtype, new_tokens)
     # Rows of several prompts at a time: some prompts are there with their last few samples.
     each = own + prompt / max(1.0, samples / 4)
-    free = SHARE * free_bytes(device)
+    free = SHARE * free_bytes()
     if own + prompt > free:
         raise UserError(
             f"not enough memory: one sample of {prompt_tokens + new_tokens:,} tokens needs "

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from phi_lit.errors import UserError
 from phi_lit.generate.cache import Cache, Decode, Groups, Prefill, group_rows, masks
+from phi_lit.generate.request import encode_prompts, setting_faults, special_ids
 from phi_lit.generate.room import fitting_rows
 from phi_lit.generate.sampling import Sampling, choose, position_keys, sample_key
 from phi_lit.generate.text import StopText, TextStream, whole_text
 from phi_lit.generate.twin import twin_of
+from phi_lit.train.args import raise_together
 
 PREFILL_TOKENS = 2048
 """Prompts are computed together up to so many tokens, padding included."""
@@ -132,7 +134,7 @@ class Sampler:
             UserError: a setting is impossible, or a prompt empty or too long: before any work.
         """
         sampling = sampling or Sampling()
-        raise_faults(setting_faults(samples, max_new_tokens, sampling, stop))
+        raise_together(setting_faults(samples, max_new_tokens, sampling, stop))
         encoded = encode_prompts(self.tokenizer, prompts, self.max_seq_length)
         work = _Work(self, encoded, samples, max_new_tokens, sampling, stop, seed, ignore_eos)
         return work.run(frozenset(done))
@@ -149,58 +151,6 @@ class Sampler:
             return self.logits(ids_nT, torch.arange(ids_nT.shape[1], device=self.device))
         finally:
             self._twin.lm_head.last_n = None
-
-
-def setting_faults(
-    samples: int, max_new_tokens: int, sampling: Sampling, stop: Sequence[str]
-) -> list[str]:
-    """Return what is impossible in the settings, a sentence each."""
-    faults = sampling.faults()
-    if samples < 1:
-        faults.append(f"samples is {samples}; choose at least 1")
-    if max_new_tokens < 1:
-        faults.append(f"max_new_tokens is {max_new_tokens}; choose at least 1")
-    if not all(stop):
-        faults.append("a stop string is empty; it would end every completion before it begins")
-    return faults
-
-
-def raise_faults(faults: list[str]) -> None:
-    """Raise one `UserError` with all that is wrong, if anything is."""
-    if faults:
-        raise UserError("; ".join(faults))
-
-
-def encode_prompts(
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    max_seq_length: int,
-    names: Sequence[str] | None = None,
-) -> list[list[int]]:
-    """Return each prompt's ids, as LitGPT's commands encode them.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        prompts: the texts.
-        max_seq_length: the model's context.
-        names: what to call each prompt in an error; "prompt 0" and so on by default.
-
-    Raises:
-        UserError: a prompt has no token, or leaves no room for one more.
-    """
-    encoded = [tokenizer.encode(prompt).tolist() for prompt in prompts]
-    faults = []
-    for number, ids in enumerate(encoded):
-        name = names[number] if names else f"prompt {number}"
-        if not ids:
-            faults.append(f"{name} is empty: there is nothing to continue")
-        elif len(ids) >= max_seq_length:
-            faults.append(
-                f"{name} has {len(ids):,} tokens; the model's context holds {max_seq_length:,}, "
-                "one of which at least must be left: shorten it"
-            )
-    raise_faults(faults[:3] + ([f"and {len(faults) - 3:,} more like these"] * (len(faults) > 3)))
-    return encoded
 
 
 class _Work:
@@ -419,11 +369,3 @@ def _close(held: list[Any], move: Callable[[int, int], None]) -> None:
             move(len(held) - 1, gap)
             held[gap] = held[-1]
         held.pop()
-
-
-def special_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
-    """Return the ids of stop strings that are special tokens, which decoding leaves out."""
-    if tokenizer.backend != "huggingface":
-        return set()
-    ids = {tokenizer.processor.token_to_id(text) for text in stop}
-    return {i for i in ids if i is not None and not tokenizer.processor.decode([i])}

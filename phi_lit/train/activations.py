@@ -7,6 +7,7 @@ hidden size.
 from typing import TYPE_CHECKING
 
 from phi_lit.train.layout import Layout
+from phi_lit.train.memory_experts import MLP_CLASS, kept_numbers, mlp_bytes
 
 if TYPE_CHECKING:
     from litgpt.config import Config
@@ -68,13 +69,16 @@ def _attention_bytes(config: "Config", layout: Layout) -> float:
 
 def _mlp_bytes(config: "Config", layout: Layout) -> float:
     """Per token: the inner activations before and after the non-linearity."""
-    s = layout.compute_bytes
     inner = config.intermediate_size or 4 * config.n_embd
-    if config.n_expert:
-        inner = (config.moe_intermediate_size or inner) * config.n_expert_per_token
-        # Each kept expert reads a gathered row and adds a weighted one.
-        return s * (4 * inner + 3 * config.n_embd * config.n_expert_per_token)
-    return s * inner * (2 if config.mlp_class_name == "GptNeoxMLP" else 4)
+    dense = layout.compute_bytes * inner * (2 if _is_gelu(config) else 4)
+    return mlp_bytes(config, layout, dense) if config.n_expert else dense
+
+
+def _is_gelu(config: "Config") -> bool:
+    """Whether the MLP is GPT-NeoX's, one product before the non-linearity, and not gated."""
+    if config.mlp_class_name == MLP_CLASS:
+        return config.hf_config.get("moe", {}).get("activation") != "swiglu"
+    return config.mlp_class_name == "GptNeoxMLP"
 
 
 def kept_per_block(config: "Config", layout: Layout, block: float) -> float:
@@ -87,9 +91,9 @@ def kept_per_block(config: "Config", layout: Layout, block: float) -> float:
     assert config.head_size is not None
     assert config.n_query_groups is not None
     heads = config.n_head + 2 * config.n_query_groups  # of the first product; the output's follow
-    numbers = (heads + config.n_head) * config.head_size + (config.intermediate_size or 0)
-    if config.mlp_class_name != "GptNeoxMLP":
-        numbers += config.intermediate_size or 0  # two products side by side
+    dense = (config.intermediate_size or 0) * (1 if _is_gelu(config) else 2)  # two side by side
+    numbers = (heads + config.n_head) * config.head_size
+    numbers += round(kept_numbers(config, layout, dense)) if config.n_expert else dense
     if not layout.compiled:  # the compiler sees that nobody reads the branches' last products again
         numbers += 2 * config.n_embd
     masks = 0

@@ -15,6 +15,7 @@ from phi_lit.train.activations import kept_per_block, residual_bytes, saved_per_
 from phi_lit.train.deepspeed import BUCKET, LIVE
 from phi_lit.train.flops import ParameterCount, count_parameters
 from phi_lit.train.layout import Layout, layout_of
+from phi_lit.train.memory_experts import stack_numbers
 
 if TYPE_CHECKING:
     from litgpt.config import Config
@@ -213,7 +214,8 @@ def _weight_copies(config: "Config", count: ParameterCount, layout: Layout) -> f
     if not layout.mixed or layout.half_weights or layout.half_blocks or spared:
         return 0.0
     head = 0 if layout.fused_loss else config.padded_vocab_size * config.n_embd  # type: ignore[operator]
-    return 2.0 * (count.total - count.outside + head)
+    one_by_one = stack_numbers(config) if layout.device == "cpu" else 0
+    return 2.0 * (count.total - count.outside - one_by_one + head)
 
 
 def _gathered(count: ParameterCount, layout: Layout) -> tuple[float, float]:

@@ -1,11 +1,14 @@
 """Every way of multiplying with the experts, held against one token after another."""
 
+import copy
+
 import pytest
 import torch
 from double import mixture
 
-from extensions.phi_moe import routing
+from extensions.phi_moe import pages, routing, segments
 from extensions.phi_moe.experts import Experts
+from extensions.phi_moe.grouped import can_group
 
 SIZE, INNER = 16, 24
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
@@ -41,8 +44,6 @@ def compare(experts: Experts, expert_NK, run) -> None:
     y = run(experts, x, weight, expert_NK)
     y.backward(grad)
     assert y.dtype == dtype
-
-    import copy
 
     slow = copy.deepcopy(experts).double()
     x2 = x.detach().double().requires_grad_()
@@ -94,3 +95,92 @@ def test_segments_longer_than_a_piece_add_up(monkeypatch):
     monkeypatch.setattr("extensions.phi_moe.segments.ROWS", 3)
     torch.manual_seed(0)
     compare(made(), ROUTES["uneven"](5), run_layer)
+
+
+def composed(experts, x, weight, expert_NK):
+    experts.path = "composed"
+    return run_layer(experts, x, weight, expert_NK)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
+def test_composed_experts_equal_token_after_token(route, activation):
+    torch.manual_seed(0)
+    compare(made(activation=activation), ROUTES[route](5), composed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("route", ["uneven", "empty experts", "one token", "all to one"])
+def test_grouped_products_equal_token_after_token(dtype, route):
+    torch.manual_seed(0)
+    experts = made(dtype=dtype)
+    x = torch.randn(3, SIZE, dtype=dtype)
+    if not can_group(x, experts.fc.weight):
+        pytest.skip(f"this PyTorch has no grouped product of {dtype} on a CPU")
+    compare(experts, ROUTES[route](5), composed)
+
+
+def test_what_grouped_products_cannot_take_is_left_to_segments():
+    assert not can_group(torch.randn(4, 6), torch.randn(2, 8, 6))  # rows of 24 bytes
+    assert not can_group(torch.randn(4, 8).double(), torch.randn(2, 8, 8).double())
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_a_decoded_token_touches_only_the_experts_it_visits(activation):
+    experts = made(activation=activation)
+    x, weight = torch.randn(2, SIZE).double(), torch.rand(2, 2).double()
+    expert = torch.tensor([[0, 3], [3, 1]])
+    with torch.no_grad():
+        wanted = mixture(x, experts, weight, expert)
+        for stack in (experts.fc, experts.proj):
+            stack.weight[[2, 4]] = float("nan")
+        y = run_layer(experts, x, weight, expert)
+    torch.testing.assert_close(y, wanted)
+
+
+@pytest.mark.parametrize("path", ["fused", "composed"])
+def test_under_autocast_products_are_bf16_and_gradients_float32(path):
+    experts = made(dtype=torch.float32)
+    experts.path = path
+    x, weight = torch.randn(30, SIZE, requires_grad=True), torch.rand(30, 2)
+    expert = ROUTES["uneven"](5)[:30]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = run_layer(experts, x, weight, expert)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    exact = copy.deepcopy(experts)
+    exact.zero_grad()
+    run_layer(exact, x.detach(), weight, expert).square().sum().backward()
+    for ours, theirs in zip(experts.parameters(), exact.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert (ours.grad - theirs.grad).norm() < 0.03 * theirs.grad.norm()
+
+
+def test_frozen_stacks_get_no_gradient_and_the_tokens_keep_theirs():
+    experts = made().requires_grad_(False)
+    x = torch.randn(40, SIZE, dtype=torch.float64, requires_grad=True)
+    run_layer(experts, x, torch.rand(40, 2).double(), ROUTES["uneven"](5)).sum().backward()
+    assert x.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in experts.parameters())
+
+
+def test_large_pages_hold_ordinary_tensors():
+    like = torch.zeros(1)
+    for shape in ((3, 5), (1 << 24,)):
+        made = pages.empty(like, shape)
+        assert made.shape == shape
+        assert made.is_contiguous()
+        made.fill_(2.0)
+        assert made.sum().item() == 2.0 * made.numel()
+    assert pages.empty(like, (2,), torch.float64).dtype == torch.float64
+
+
+def test_operators_are_registered_as_pytorch_wants_them():
+    torch.manual_seed(0)
+    experts, expert = made(), ROUTES["uneven"](5)
+    load = routing.count_tokens(expert, 5)
+    order, end = segments.sort_visits(expert, load)
+    stacks = [experts.fc.weight, experts.fc.bias, experts.proj.weight, experts.proj.bias]
+    x = torch.randn(40, SIZE).double().requires_grad_()
+    weight = torch.rand(40, 2).double().requires_grad_()
+    torch.library.opcheck(segments.experts, (x, weight, order, end, *stacks, "gelu_tanh"))

@@ -20,6 +20,8 @@ MODELS = {
     "mixture of experts": dict(
         name="Mixtral-8x7B-v0.1", n_query_groups=2, n_expert=4, intermediate_size=64
     ),
+    "phi with experts": dict(name="phi1-test-moe", moe_intermediate_size=48),
+    "phi with experts after the MLP": dict(name="phi1-test-moe-after", moe_intermediate_size=48),
 }
 
 

@@ -254,6 +254,27 @@ def test_models_with_experts_are_adapted_too(
         assert not any("wte" in name or "norm" in name for name in moved)
 
 
+@pytest.mark.parametrize("kind", ["CodeExercises", "Instruct"])
+def test_our_examples_train_lora_packed(
+    tmp_path: Path, finetune: Callable[..., Path], kind: str
+) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(
+        "\n".join(
+            json.dumps({"prompt": f"def f{n}(x):\n", "response": "    return x" + " + 1" * (n % 5)})
+            for n in range(60)
+        )
+    )
+    source = {"path": str(path), "prompt": "prompt", "answer": "response"}
+    mode = {"mode": "sft"} if kind == "CodeExercises" else {"prompt_style": "default"}
+    data = {
+        "class_path": kind,
+        "init_args": {"sources": [source], "data_dir": str(tmp_path / "data"), **mode},
+    }
+    out = finetune("lora", tmp_path / "out", data=data, train={"pack": True, "max_steps": 6})
+    assert losses(out)[-1] < losses(out)[0]
+
+
 def test_flat_arrays_of_code_train_lora_too(
     tmp_path: Path, finetune: Callable[..., Path], corpus: Path
 ) -> None:
@@ -294,7 +315,7 @@ def test_what_cannot_be_is_told_in_one_line(
     assert "train.attention_dropout does not reach" in text
     assert "tie_embeddings" in text
     assert "LoRA is asked for nowhere" in said("lora", lora_query=False, lora_value=False)
-    assert "there is no directory" in said("lora", checkpoint_dir=str(tmp_path / "none"))
+    assert "does not exist" in said("lora", checkpoint_dir=str(tmp_path / "none"))
     assert "precision bf16-mixed cannot be" in said(
         "lora", quantize="bnb.nf4", precision="bf16-mixed"
     )
@@ -303,6 +324,7 @@ def test_what_cannot_be_is_told_in_one_line(
     (sharded / "checkpoint.json").write_text(
         json.dumps({"format": 1, "step": 1, "files": {}, "sharded": True})
     )
+    (sharded / "shard-00000-of-00002.pth").touch()
     assert "phi-lit consolidate" in said("lora", checkpoint_dir=str(sharded))
 
 

@@ -196,6 +196,21 @@ def test_predicted_memory_is_what_a_step_allocates(plan_check, changes, one_thre
     assert predicted.total == pytest.approx(measured.total, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["phi1-nano-moe", "phi1-nano-moe-after"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(precision="bf16-mixed"), dict(checkpointing="selective"), dict(checkpointing="full")],
+    ids=str,
+)
+def test_predicted_memory_of_experts(plan_check, name, changes, one_thread):
+    config = Config(**dict(MODELS[name], n_layer=2))
+    layout = replace(plan_check.BASE, micro_batch=2, seq_length=128, **changes)
+    measured, predicted = plan_check.measure(config, layout), memory.predict(config, layout)
+    assert predicted.parameters == measured.parameters
+    assert predicted.kept == pytest.approx(measured.kept, rel=0.1)
+    assert predicted.total == pytest.approx(measured.total, rel=0.1)
+
+
 def test_sharding_divides_the_states():
     layout = Layout(micro_batch=1, seq_length=2048, accumulates=False)
     alone = memory.predict(PHI_1, layout)
