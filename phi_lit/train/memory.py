@@ -10,7 +10,7 @@ size, V vocabulary.
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from phi_lit.seams import MOE_CLASS
+from phi_lit.experts import MOE_CLASS
 from phi_lit.train.activations import kept_per_block, residual_bytes, saved_per_block, working_set
 from phi_lit.train.deepspeed import BUCKET, LIVE
 from phi_lit.train.flops import ParameterCount, count_parameters
