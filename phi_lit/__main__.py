@@ -18,7 +18,7 @@ from typing import get_origin, get_type_hints
 from phi_lit import __version__
 from phi_lit.autoload import hook_litgpt
 from phi_lit.errors import did_you_mean, show_user_errors
-from phi_lit.seams import LITGPT_COMMANDS
+from phi_lit.seam_table import LITGPT_COMMANDS
 
 COMMANDS = {
     "prepare": "phi_lit.data.prepare:prepare",

@@ -1,6 +1,6 @@
 """Small things that LitGPT's own finetune and generate commands stumble over, put right.
 
-Each function takes the place of one of LitGPT's (see `seams.py`), and where LitGPT's works the
+Each function takes the place of one of LitGPT's (see `seam_table.py`), and where LitGPT's works the
 result is the same.
 """
 

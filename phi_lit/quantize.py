@@ -34,8 +34,11 @@ OUTLIER = 6.0
 """Activations from here on are multiplied unquantized in int8 (LLM.int8(), arXiv 2208.07339)."""
 
 
-PIECE = 1 << 20
-"""Weights quantized at a time: a multiple of bitsandbytes' blocks of 64."""
+BLOCK = 64
+"""Weights of a 4-bit layer that share a scale (bitsandbytes' own choice)."""
+
+PIECE = 1 << 18
+"""Weights quantized at a time: a multiple of `BLOCK`."""
 
 
 class BitsandbytesPrecision(Precision):
@@ -276,9 +279,12 @@ def cpu_linear(mode: str, dtype: torch.dtype) -> type[OnLoad]:
             self._hold(torch.empty(shape, dtype=torch.int8, device="cpu"), None)
 
         def quantize_(self, weight: Tensor) -> None:
-            pieces = weight.data.split(max(1, PIECE // self.in_features))
-            done = [bnb.functional.int8_vectorwise_quant(rows.half())[:2] for rows in pieces]
-            codes, scales = map(torch.cat, zip(*done, strict=True))
+            codes = torch.empty(weight.shape, dtype=torch.int8)
+            scales, at_once = torch.empty(len(codes)), max(1, PIECE // self.in_features)
+            for start in range(0, len(codes), at_once):
+                rows = slice(start, start + at_once)
+                half = weight.data[rows].half()
+                codes[rows], scales[rows], _ = bnb.functional.int8_vectorwise_quant(half)
             self._hold(codes, scales)
 
         def _hold(self, codes: Tensor, scales: Tensor | None) -> None:
@@ -295,20 +301,21 @@ def _quantize_4bit(weight: Tensor, kind: str, nested: bool) -> tuple[Tensor, Any
     Its CPU path needs up to 28 bytes per weight on the way: three times a whole 4-bit model for
     the head of a large vocabulary.
     """
-    functional = import_bitsandbytes().functional
-    packed, scales, state = [], [], None
-    for piece in weight.data.reshape(-1).split(PIECE):
+    functional, numbers = import_bitsandbytes().functional, weight.numel()
+    packed = torch.empty((numbers + 1) // 2, 1, dtype=torch.uint8)
+    scales, state = torch.empty(-(-numbers // BLOCK)), None
+    for start, piece in enumerate(weight.data.reshape(-1).split(PIECE)):
         codes, state = functional.quantize_4bit(piece.float(), quant_type=kind)
-        packed.append(codes)
-        scales.append(state.absmax)
+        packed[start * PIECE // 2 :][: len(codes)] = codes
+        scales[start * PIECE // BLOCK :][: len(state.absmax)] = state.absmax
     assert state is not None
-    state.shape, state.absmax = weight.shape, torch.cat(scales)
+    state.shape, state.absmax = weight.shape, scales
     if nested:
         state.nested, state.offset = True, state.absmax.mean()
         state.absmax, state.state2 = functional.quantize_blockwise(
             state.absmax - state.offset, blocksize=256
         )
-    return torch.cat(packed), state
+    return packed, state
 
 
 def _split_stacked(module: nn.Module, name: str, child: nn.Module | None) -> nn.Module | None:

@@ -3,7 +3,7 @@
 A `.pth` file is a pickle, and unpickling calls whatever the file names. LitGPT's `lazy_load` (which
 generate, chat, serve, finetuning and the converters read with) and its `LLM` put no limit on that;
 here every such file goes through torch's restricted unpickler, memory-mapped, and what is not plain
-tensors is refused in one line. The seams are in `seams.py`.
+tensors is refused in one line. The seams are in `seam_table.py`.
 """
 
 from pathlib import Path

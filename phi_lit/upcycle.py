@@ -25,9 +25,9 @@ from litgpt.utils import check_valid_checkpoint_dir, extend_checkpoint_dir, save
 from torch import Tensor, nn
 
 from phi_lit.errors import UserError
+from phi_lit.experts import MOE_CLASS
 from phi_lit.files import staged_dir
 from phi_lit.progress import progress
-from phi_lit.seams import MOE_CLASS
 from phi_lit.train.args import raise_together
 from phi_lit.train.checkpoint import MODEL_FILE, save_file, weights_of
 from phi_lit.train.flops import count_parameters

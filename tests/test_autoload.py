@@ -23,7 +23,7 @@ def test_interpreter_start_without_torch_is_untouched(run_python):
 def test_importing_torch_loads_the_hooks_and_nothing_of_litgpt(run_python):
     done = run_python("-W", "error", "-c", "import torch; " + loaded({"phi_lit", "litgpt"}))
     assert done.stdout.strip() == str(
-        ["phi_lit", "phi_lit.autoload", "phi_lit.errors", "phi_lit.seams"]
+        ["phi_lit", "phi_lit.autoload", "phi_lit.errors", "phi_lit.seam_table", "phi_lit.seams"]
     )
     assert done.stderr == ""
 

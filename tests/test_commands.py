@@ -9,7 +9,7 @@ import yaml
 
 from phi_lit import __version__
 from phi_lit.__main__ import COMMANDS, first_line, main, overview
-from phi_lit.seams import LITGPT_COMMANDS
+from phi_lit.seam_table import LITGPT_COMMANDS
 
 FINETUNE = (
     "--precision=32-true", "--data.prompt_style=phi-2", "--data.num_workers=0",

@@ -8,7 +8,7 @@ import yaml
 
 from phi_lit.__main__ import COMMANDS
 from phi_lit.data.sources import open_source
-from phi_lit.seams import LITGPT_COMMANDS
+from phi_lit.seam_table import LITGPT_COMMANDS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "config_hub/README.md"]

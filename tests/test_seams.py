@@ -8,10 +8,11 @@ import litgpt.config
 import litgpt.prompts
 import pytest
 
-from phi_lit import __version__, seams
+from phi_lit import __version__, seam_table, seams
 from phi_lit.errors import UserError
 from phi_lit.registry import MODELS
-from phi_lit.seams import SEAMS, Seam, apply_seams, signature_of, stock
+from phi_lit.seam_table import SEAMS, Seam
+from phi_lit.seams import apply_seams, signature_of, stock
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
@@ -26,7 +27,7 @@ def test_stock_is_litgpts_own_and_ours_is_in_its_place(seam):
     module = __import__(seam.module, fromlist=["x"])
     now = seams._original(seams._find(module, seam)[2])
     replacement = seams._load(seam.replacement)
-    if seam.signature == seams.ABSENT:
+    if seam.signature == seam_table.ABSENT:
         assert original is None
         assert now is replacement
     elif seam.signature in ("list", "dict") and callable(replacement):
@@ -43,7 +44,7 @@ def test_stock_is_litgpts_own_and_ours_is_in_its_place(seam):
 def test_litgpts_commands_are_those_we_pass_through():
     from litgpt.parser_config import parser_commands
 
-    assert list(seams.LITGPT_COMMANDS) == parser_commands()
+    assert list(seam_table.LITGPT_COMMANDS) == parser_commands()
 
 
 def test_litgpts_models_are_untouched():
@@ -74,7 +75,7 @@ def _module(**attributes):
     return module
 
 
-def _seam(attribute, signature, replacement="phi_lit.seams:prompt_style_of_model"):
+def _seam(attribute, signature, replacement="phi_lit.names:prompt_style_of_model"):
     return Seam("litgpt.somewhere", attribute, signature, replacement, "for this test")
 
 

@@ -18,7 +18,7 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from torch import Tensor
 
-from phi_lit.seams import MOE_CLASS
+from phi_lit.experts import MOE_CLASS
 from phi_lit.train.args import TrainArgs
 
 KEYS = ("balance_loss", "router_z_loss", "router_jitter", "balance_bias_rate")

@@ -2,7 +2,7 @@
 
 All three of LitGPT's `setup` functions get the same: our training options, and our loop where one
 of them, or data of ours, is used; anything else runs in LitGPT's own loop. So there is one function
-here, made around each of them (see `wraps` in `seams.py`).
+here, made around each of them (see `wraps` in `seam_table.py`).
 """
 
 import inspect

@@ -6,6 +6,7 @@ arguments is gathered and raised in one line before data are prepared or a model
 
 import pprint
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -127,6 +128,9 @@ def check(job: Job, machine: Machine) -> None:
     if train.async_save and train.checkpoint_format == "sharded":
         faults.append("train.async_save writes whole tensors; leave out checkpoint_format: sharded")
     faults += _vocabulary_faults(job)
+    logger = arguments["logger_name"]
+    if logger in ("wandb", "mlflow") and find_spec(logger) is None:
+        faults.append(f"logger_name {logger} needs its package: pip install {logger}")
     faults += faults_of_teacher(job, machine, strategy)
     if job.adaptation is not None:
         faults += job.adaptation.faults(job)

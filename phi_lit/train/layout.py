@@ -41,6 +41,8 @@ class Layout:
     accumulates: bool = True
     """Gradients of earlier micro-batches are there while a later one runs."""
     tie_embeddings: bool = False
+    stacked: bool = False
+    """Experts are stacked parameters, which no strategy gathers in bf16."""
     frozen: bool = False
     """Few parameters train: next to no gradients and optimizer state, none of the head's."""
     quantized: bool = False
@@ -73,7 +75,8 @@ class Layout:
     def half_blocks(self) -> bool:
         """Whether the blocks' linear layers are gathered in bf16 (FSDP2, see `strategy.py`)."""
         cut = not (self.compiled and self.checkpointing != "none")
-        return self.strategy == "fsdp" and self.precision == "bf16-mixed" and cut
+        half = self.strategy == "fsdp" and self.precision == "bf16-mixed"
+        return half and cut and not self.stacked
 
     @property
     def weight_bytes(self) -> int:

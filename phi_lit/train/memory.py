@@ -10,6 +10,7 @@ size, V vocabulary.
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
+from phi_lit.experts import MOE_CLASS
 from phi_lit.train.activations import kept_per_block, residual_bytes, saved_per_block, working_set
 from phi_lit.train.deepspeed import BUCKET, LIVE
 from phi_lit.train.flops import ParameterCount, count_parameters
@@ -78,6 +79,7 @@ def predict(config: "Config", layout: Layout) -> Memory:
             gated or routed MLPs) are estimates.
         layout: how it is trained.
     """
+    layout = replace(layout, stacked=config.mlp_class_name == MOE_CLASS)
     count = count_parameters(config, tie_embeddings=layout.tie_embeddings)
     parameters, gradients, optimizer = _states(count, layout)
     copies = _weight_copies(config, count, layout)

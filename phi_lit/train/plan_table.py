@@ -11,7 +11,7 @@ ROOM = 0.9
 rest."""
 
 
-def describe(run: Plan) -> str:
+def describe(run: "Plan") -> str:
     """Return a plan as the text that the command prints."""
     layout = run.layout
     nodes = f" on {run.num_nodes} nodes" if run.num_nodes > 1 else ""
@@ -49,7 +49,7 @@ def describe(run: Plan) -> str:
     return "\n".join([head, "", *body, "", *_memory_lines(run)])
 
 
-def _memory_lines(run: Plan) -> list[str]:
+def _memory_lines(run: "Plan") -> list[str]:
     names = {
         "parameters": "parameters",
         "gradients": "gradients",

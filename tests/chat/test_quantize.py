@@ -194,7 +194,7 @@ def test_qlora_learns_on_a_cpu_and_validation_does_not_stop_it(talker_dir, load_
 def test_litgpts_commands_take_our_plugin():
     import importlib
 
-    from phi_lit.seams import BITSANDBYTES_USERS
+    from phi_lit.seam_table import BITSANDBYTES_USERS
 
     for name in BITSANDBYTES_USERS:
         assert importlib.import_module(name).BitsandbytesPrecision is BitsandbytesPrecision
@@ -267,9 +267,12 @@ def test_int8_training_is_refused_on_a_cpu():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "most"), [("nf4", 330), ("int8", 390), ("none", 10_000)])
+@pytest.mark.parametrize(("mode", "most"), [("nf4", 240), ("int8", 265)])
 def test_memory_of_a_process_truly_falls(run_python, smollm2, mode, most):
-    """SmolLM2 in bfloat16: 326 MB of weights; peak of the process beyond its libraries, in MB."""
+    """SmolLM2 has 311 MiB of weights in bfloat16; what a process keeps once it is loaded, in MiB.
+
+    The quantized weights are 126 and 183; the rest is what the allocator has not given back.
+    """
     code = f"""
 import json, sys, torch, lightning as L
 from pathlib import Path
@@ -280,8 +283,8 @@ import_bitsandbytes()
 def status(key):
     lines = dict(line.split(":") for line in open("/proc/self/status"))
     return int(lines[key].split()[0]) / 1024
-how = dict(plugins=BitsandbytesPrecision("{mode}", torch.bfloat16)) if "{mode}" != "none" else {{}}
-fabric = L.Fabric(devices=1, accelerator="cpu", precision=None if how else "bf16-true", **how)
+plugin = BitsandbytesPrecision("{mode}", torch.bfloat16)
+fabric = L.Fabric(devices=1, accelerator="cpu", plugins=plugin)
 before = status("RssAnon")
 with fabric.init_module(empty_init=True):
     model = GPT(Config.from_file(Path(sys.argv[1]) / "model_config.yaml", block_size=512))

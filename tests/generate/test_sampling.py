@@ -70,7 +70,7 @@ def litgpts_distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tens
     ],
     ids=str,
 )
-@pytest.mark.parametrize("vocabulary", [300, 1024])
+@pytest.mark.parametrize("vocabulary", [1000])
 def test_tokens_come_as_often_as_from_litgpts_distribution(one_thread, sampling, vocabulary):
     torch.manual_seed(1)
     logits = torch.randn(vocabulary) * 2
@@ -104,7 +104,7 @@ def test_filter_thres_is_top_k_in_other_words(one_thread, thres):
 @given(
     st.integers(1, 700), st.integers(1, 5), st.integers(0, 2**31), st.sampled_from([1, 3, 50, 400])
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_argmax_and_largest_are_pytorchs(vocabulary, rows, seed, k):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(0, 50, (rows, vocabulary), generator=generator).float()  # with equals

@@ -23,7 +23,7 @@ def encode(tiny_tokenizer_dir):
 
 
 @given(st.lists(st.integers(0, 256), max_size=40), st.lists(st.integers(0, 256), max_size=9))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_pieces_of_any_bytes_join_to_the_whole(decode, ids, context):
     stream = TextStream(decode, context)
     pieces = [stream.push(token) for token in ids]
@@ -31,7 +31,7 @@ def test_pieces_of_any_bytes_join_to_the_whole(decode, ids, context):
 
 
 @given(st.text(max_size=30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_character_is_given_out_whole_and_at_once(decode, encode, text):
     text = text.replace("\ufffd", "?")
     stream, so_far = TextStream(decode, encode("x")), ""
@@ -72,7 +72,7 @@ def test_text_before_a_stop_string_is_kept_to_the_letter(decode, encode, text, s
 
 
 @given(st.text("ab\n", max_size=40), st.lists(st.text("ab\n", min_size=1, max_size=4), min_size=1))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_it_stops_at_the_first_moment_that_holds_a_stop_string(decode, encode, text, stops):
     expected = None
     for end in range(1, len(text) + 1):  # one byte, one token: the slow and obvious way

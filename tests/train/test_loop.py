@@ -62,6 +62,17 @@ def test_compiled_and_eager_runs_agree(tmp_path: Path, train: Train) -> None:
     assert losses(compiled) == pytest.approx(losses(eager), abs=1e-4)
 
 
+@pytest.mark.slow
+def test_blocks_with_bf16_weights_compile_on_a_cpu(tmp_path: Path, train: Train) -> None:
+    """Without dropout: then both branches of a block have one gradient (`compile_options`)."""
+    true = {"precision": "bf16-true", "optimizer": SGD}
+    few = {**NO_DROPOUT, "max_steps": 4}
+    eager = train(tmp_path / "eager", **true, train=few)
+    compiled = train(tmp_path / "compiled", **true, train={**few, "compile": "on"})
+    assert tensors(compiled / "latest")["training_state.pth.compiled"] is True
+    assert losses(compiled) == pytest.approx(losses(eager), abs=2e-2)  # bf16 has 8 bits
+
+
 def test_dropout_is_off_in_validation_and_absent_from_the_checkpoint(
     tmp_path: Path, train: Train
 ) -> None:
