@@ -1,8 +1,8 @@
 """The entry point that PyTorch calls at the end of every `import torch` (group `torch.backends`).
 
 It registers post-import hooks for the LitGPT modules that `seam_table.py` names, and does nothing
-else: LitGPT is not imported here, and no torch program that leaves LitGPT alone notices us. It uses the
-standard library and wrapt only, because PyTorch passes an exception raised here on to whoever
+else: LitGPT is not imported here, and no torch program that leaves LitGPT alone notices us. It uses
+the standard library and wrapt only, because PyTorch passes an exception raised here on to whoever
 imports torch.
 """
 

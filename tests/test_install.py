@@ -97,6 +97,13 @@ def assert_litgpt_knows_us(home: Path, lies_in: Path) -> None:
     )
     where = Path(run(bin_dir / "python", "-c", code, cwd=away).strip())
     assert where.resolve().is_relative_to(lies_in.resolve())
+    code = (
+        "import litgpt, extensions.phi_moe as moe; from litgpt import GPT, Config; "
+        "model = GPT(Config.from_name('phi1-test-moe')); "
+        "assert type(model.transformer.h[0].mlp) is moe.PhiMoE; print(moe.__file__)"
+    )
+    where = Path(run(bin_dir / "python", "-c", code, cwd=away).strip())
+    assert where.resolve().is_relative_to(lies_in.resolve())
     help_text = run(bin_dir / "litgpt", "pretrain", "--help", cwd=away)
     assert "--train.lr_schedule" in help_text
     assert "--train.attention_dropout" in help_text

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from extensions.phi_moe import segments
+from extensions.phi_moe.activation import activate
 from extensions.phi_moe.grouped import can_group, combine, dispatch
 from extensions.phi_moe.precision import as_given, cast
-from extensions.phi_moe.segments import activate, sort_visits
+from extensions.phi_moe.segments import sort_visits
 from extensions.phi_moe.stacks import StackedLinear
 
 Path = Literal["auto", "fused", "composed"]

@@ -83,8 +83,10 @@ class PhiMoE(nn.Module):
         """Return the weighted sum of each token's experts, and the shared ones (B, T, D)."""
         x_ND = x.reshape(-1, x.shape[-1])
         logits_NE = self.gate(self._jittered(x_ND))
+        score_NE = logits_NE.softmax(-1)
         weight_NK, expert_NK = routing.choose(
             logits_NE,
+            score_NE,
             self.gate.selection_bias,
             kept=self.kept,
             over_all=self.over_all,
@@ -95,8 +97,8 @@ class PhiMoE(nn.Module):
         if self.shared_experts is not None:
             y_ND = y_ND + self.shared_experts.at(x_ND, 0)
         if self.training:
-            self.gate.note(logits_NE, load_E)
-            y_ND = self._with_losses(y_ND, logits_NE, load_E)
+            self.gate.note(logits_NE, score_NE, load_E)
+            y_ND = self._with_losses(y_ND, logits_NE, score_NE, load_E)
         return y_ND.view(x.shape)
 
     @property
@@ -109,11 +111,13 @@ class PhiMoE(nn.Module):
             return x_ND
         return x_ND * torch.empty_like(x_ND).uniform_(1 - self.jitter, 1 + self.jitter)
 
-    def _with_losses(self, y_ND: Tensor, logits_NE: Tensor, load_E: Tensor) -> Tensor:
+    def _with_losses(
+        self, y_ND: Tensor, logits_NE: Tensor, score_NE: Tensor, load_E: Tensor
+    ) -> Tensor:
         """Return `y_ND`, with the weighted losses attached to it."""
         loss = logits_NE.new_zeros(())
         if self.balance_weight:
-            loss = loss + self.balance_weight * routing.balance_loss(logits_NE, load_E)
+            loss = loss + self.balance_weight * routing.balance_loss(score_NE, load_E)
         if self.router_z_weight:
             loss = loss + self.router_z_weight * routing.router_z_loss(logits_NE)
         if not loss.requires_grad:

@@ -47,7 +47,7 @@ def place_experts(
         block.norm_3 = config.norm_class(config.n_embd, eps=config.norm_eps)
         block.moe = config.mlp_class(config)
         block.post_moe_norm = nn.Identity()  # the end of the branch, where dropout can be put
-        block.__class__ = _with_experts_after(type(block))
+        block.__class__ = _with_experts_after(type(block))  # type: ignore[arg-type]
 
 
 class ExpertsAfter:

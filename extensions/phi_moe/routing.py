@@ -103,22 +103,29 @@ class Router(nn.Module):
         *_, entropy, balance, z = self.figures
         return Routing(self.figures[:-3], entropy, balance, z)
 
-    def note(self, logits_NE: Tensor, load_E: Tensor) -> None:
+    def note(self, logits_NE: Tensor, score_NE: Tensor, load_E: Tensor) -> None:
         """Keep the figures of this pass in `routing`."""
         with torch.no_grad():
-            log_score_NE = logits_NE.log_softmax(-1)
-            entropy = -(log_score_NE.exp() * log_score_NE).sum(-1).mean()
-            losses = balance_loss(logits_NE, load_E), router_z_loss(logits_NE)
+            lse_N = logits_NE.logsumexp(-1)
+            entropy = (lse_N - (score_NE * logits_NE).sum(-1)).mean()
+            losses = balance_loss(score_NE, load_E), lse_N.square().mean()
             self.figures.copy_(torch.cat([load_E, torch.stack([entropy, *losses])]))
 
 
 def choose(
-    logits_NE: Tensor, selection_bias_E: Tensor, *, kept: int, over_all: bool, scale: float = 1.0
+    logits_NE: Tensor,
+    score_NE: Tensor,
+    selection_bias_E: Tensor,
+    *,
+    kept: int,
+    over_all: bool,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Give each token its best experts.
 
     Args:
         logits_NE: of the router, in full precision.
+        score_NE: their softmax.
         selection_bias_E: added to the scores for choosing only.
         kept: K.
         over_all: weights are a softmax over all experts, of which the kept ones' are used as they
@@ -128,7 +135,6 @@ def choose(
     Returns:
         Weights (N, K) with a gradient, in the type of the logits, and experts (N, K), int64.
     """
-    score_NE = logits_NE.softmax(-1)
     expert_NK = (score_NE.detach() + selection_bias_E).topk(kept, dim=-1).indices
     if over_all:
         return _pick(score_NE, expert_NK) * scale, expert_NK
@@ -151,13 +157,13 @@ def count_tokens(expert_NK: Tensor, n_expert: int) -> Tensor:
     return expert_S.new_zeros(n_expert).scatter_add_(0, expert_S, torch.ones_like(expert_S))
 
 
-def balance_loss(logits_NE: Tensor, load_E: Tensor) -> Tensor:
+def balance_loss(score_NE: Tensor, load_E: Tensor) -> Tensor:
     """Return E * sum over experts of (share of the visits) * (mean score): 1 at an even load.
 
     The shares are constants to the gradient; only the scores can move.
     """
-    share_E = load_E.to(logits_NE.dtype) / load_E.sum()
-    return logits_NE.shape[1] * (share_E * logits_NE.softmax(-1).mean(0)).sum()
+    share_E = load_E.to(score_NE.dtype) / load_E.sum()
+    return score_NE.shape[1] * (share_E * score_NE.mean(0)).sum()
 
 
 def router_z_loss(logits_NE: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from extensions.phi_moe import pages
+from extensions.phi_moe.activation import activate_quickly, activate_with_slope
 from extensions.phi_moe.gemm import product
 
 ROWS = 1024
@@ -35,27 +35,6 @@ def sort_visits(expert_NK: Tensor, load_E: Tensor) -> tuple[Tensor, Tensor]:
     Visit number n * K + k is token n at its k-th expert. The ends are int32.
     """
     return expert_NK.flatten().argsort(stable=True), load_E.cumsum(0).to(torch.int32)
-
-
-def activate(h: Tensor, activation: str) -> Tensor:
-    """Return the inner activations (.., F) of what the first product gave (.., H)."""
-    if activation == "swiglu":
-        gate, up = h.chunk(2, -1)
-        return F.silu(gate) * up
-    return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _activate_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
-    """Return the gradient of `h` from that of `activate(h)`."""
-    if activation == "swiglu":
-        gate, up = h.chunk(2, -1)
-        made = torch.empty_like(h)
-        first, second = made.chunk(2, -1)
-        first.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        torch.mul(grad, F.silu(gate), out=second)
-        return made
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(grad, h, approximate=approximate)
 
 
 def _pieces(end_E: Tensor) -> Iterator[tuple[int, slice]]:
@@ -119,14 +98,14 @@ def experts(
         h = product(x, fc_EHD[expert].to(dtype), _row(fc_bias_EH, expert, dtype))
         h_SH[visits] = h
         proj, proj_bias = proj_EDF[expert].to(dtype), _row(proj_bias_ED, expert, dtype)
-        y = product(activate(h, activation), proj, proj_bias)
-        y_ND.index_add_(0, token, y * weight_S[visits, None])
+        y = product(activate_quickly(h, activation), proj, proj_bias)
+        y_ND.index_add_(0, token, y.to(y_ND.dtype).mul_(weight_S[visits, None]))
     return y_ND.to(dtype), h_SH
 
 
 @experts.register_fake
-def _(x_ND, weight_NK, order_S, end_E, fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED, activation):  # type: ignore[no-untyped-def]
-    return x_ND.new_empty(x_ND.shape), x_ND.new_empty((order_S.shape[0], fc_EHD.shape[1]))
+def _(x_ND: Tensor, weight_NK: Tensor, order_S: Tensor, end_E: Tensor, *rest: Any) -> Any:
+    return x_ND.new_empty(x_ND.shape), x_ND.new_empty((order_S.shape[0], rest[0].shape[1]))
 
 
 @torch.library.custom_op("phi_moe::experts_backward", mutates_args=())
@@ -153,7 +132,7 @@ def experts_backward(
     x_grad = x_ND.new_zeros(x_ND.shape, dtype=weight_NK.dtype)
     weight_grad_S = torch.empty_like(weight_S)
     stacks = (fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED)
-    grads = [None if s is None or not trains else pages.empty(s, s.shape) for s in stacks]
+    grads = [None if s is None or not trains else pages.empty_again(s, s.shape) for s in stacks]
     for expert, count in enumerate(end_E.diff(prepend=end_E.new_zeros(1)).tolist()):
         for grad in grads:
             if grad is not None and not count:
@@ -161,21 +140,23 @@ def experts_backward(
     before = -1
     for expert, visits in _pieces(end_E):
         token, weight = token_S[visits], weight_S[visits, None]
-        grad, h = grad_ND.index_select(0, token), h_SH[visits]
-        a = activate(h, activation)
-        inner = product(grad, proj_EDF[expert].to(dtype).t())
-        visit_grad = (inner.to(weight.dtype) * a).sum(1)
+        grad = grad_ND.index_select(0, token)
+        a, back = activate_with_slope(h_SH[visits], activation)
+        inner = product(grad, proj_EDF[expert].to(dtype).t()).to(weight.dtype)
+        visit_grad = (inner * a).sum(1)
         if proj_bias_ED is not None:
             visit_grad += torch.mv(grad, proj_bias_ED[expert].to(dtype))
         weight_grad_S[visits] = visit_grad
         grad = (grad * weight).to(dtype)
-        h_grad = _activate_backward((inner * weight).to(dtype), h, activation)
+        h_grad = back(inner.mul_(weight)).to(dtype)
         if trains:
             again = expert == before
             fc, fc_bias, proj, proj_bias = grads
+            assert fc is not None
+            assert proj is not None
             _put(fc[expert], h_grad, x_ND.index_select(0, token), again)
             _put(proj[expert], grad, a, again)
-            if fc_bias is not None:
+            if fc_bias is not None and proj_bias is not None:
                 put = Tensor.add_ if again else Tensor.copy_
                 put(fc_bias[expert], h_grad.sum(0))
                 put(proj_bias[expert], grad.sum(0))
@@ -191,12 +172,10 @@ def experts_backward(
 
 
 @experts_backward.register_fake
-def _(
-    grad_ND, x_ND, weight_NK, order_S, end_E, fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED, h_SH,
-    activation, trains,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    stacks = [s for s in (fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED) if s is not None and trains]
-    return [t.new_empty(t.shape) for t in (x_ND, weight_NK, *stacks)]
+def _(*arguments: Any) -> list[Tensor]:
+    _, x_ND, weight_NK, _, _, *stacks, _, _, trains = arguments
+    made = (x_ND, weight_NK, *(stack for stack in stacks if stack is not None and trains))
+    return [like.new_empty(like.shape) for like in made]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -219,7 +198,15 @@ experts.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.phi_moe.experts)
 def _forward_flops(
-    x: Any, weight: Any, order: Any, end: Any, fc: Any, fc_bias: Any, proj: Any, *rest: Any, **_: Any
+    x: Any,
+    weight: Any,
+    order: Any,
+    end: Any,
+    fc: Any,
+    fc_bias: Any,
+    proj: Any,
+    *rest: Any,
+    **_: Any,
 ) -> int:
     """Count a multiply and an add as two, for each visit; arguments come as shapes."""
     return 2 * order[0] * (fc[1] * fc[2] + proj[1] * proj[2])

@@ -115,7 +115,8 @@ class Engine:
                 for piece in self._speaker.pieces(job.reply, job.prompt, job.wish):
                     if job.given_up.is_set():
                         break
-                    job.send(piece)
+                    if piece:
+                        job.send(piece)
                 job.send(None)
             except Exception as error:
                 job.send(error)

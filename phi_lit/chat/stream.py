@@ -72,7 +72,8 @@ class Speaker:
     def pieces(self, reply: Reply, prompt: Sequence[int], wish: Wish) -> Iterator[str]:
         """Yield the reply's text as it comes, and keep `reply` up to date.
 
-        A piece is only text that no later token can change or turn into a stop string.
+        A piece is only text that no later token can change or turn into a stop string; there is
+        one for each token, empty where nothing is certain yet, so that who listens may leave.
 
         Args:
             reply: an empty one.
@@ -89,10 +90,9 @@ class Speaker:
             reply.text += stream.push(token)
             if _first(reply.text, wish.stop) is not None:
                 break
-            sure = len(reply.text) - _held_back(reply.text, wish.stop)
-            if sure > given:
-                yield reply.text[given:sure]
-                given = sure
+            sure = max(given, len(reply.text) - _held_back(reply.text, wish.stop))
+            yield reply.text[given:sure]
+            given = sure
         reply.text += stream.flush()
         if (end := _first(reply.text, wish.stop)) is not None:
             reply.text, reason = reply.text[:end], "stop"

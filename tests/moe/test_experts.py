@@ -164,15 +164,49 @@ def test_frozen_stacks_get_no_gradient_and_the_tokens_keep_theirs():
     assert all(parameter.grad is None for parameter in experts.parameters())
 
 
-def test_large_pages_hold_ordinary_tensors():
-    like = torch.zeros(1)
-    for shape in ((3, 5), (1 << 24,)):
-        made = pages.empty(like, shape)
-        assert made.shape == shape
-        assert made.is_contiguous()
-        made.fill_(2.0)
-        assert made.sum().item() == 2.0 * made.numel()
-    assert pages.empty(like, (2,), torch.float64).dtype == torch.float64
+@pytest.mark.parametrize("shape", [(3, 5), (1 << 24,)])
+@pytest.mark.parametrize("make", [pages.empty, pages.empty_again])
+def test_large_pages_hold_ordinary_tensors(make, shape):
+    made = make(torch.zeros(1), shape)
+    assert made.shape == shape
+    assert made.is_contiguous()
+    assert made.fill_(2.0).sum().item() == 2.0 * made.numel()
+    assert make(torch.zeros(1, dtype=torch.float64), (2,)).dtype == torch.float64
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it():
+    like, shape = torch.zeros(1), (1 << 12, 1 << 12)
+    first = pages.empty_again(like, shape)
+    view, place = first[5:], first.data_ptr()
+    assert pages.empty_again(like, shape).data_ptr() != place
+    del first
+    assert pages.empty_again(like, shape).data_ptr() != place  # a view holds it
+    del view
+    places = {pages.empty_again(like, shape).data_ptr() for _ in range(2)}
+    again = [pages.empty_again(like, shape) for _ in range(2)]
+    assert place in {tensor.data_ptr() for tensor in again}
+    assert len({tensor.data_ptr() for tensor in again}) == 2
+    assert places <= {tensor.data_ptr() for tensor in again}
+    del again
+    other = pages.empty_again(like, (1 << 13, 1 << 12))  # what is unused goes with a new size
+    assert len(pages._kept) == 1
+    del other
+
+
+def test_gradients_of_large_stacks_are_kept_apart_over_steps(one_thread, monkeypatch):
+    """Two steps whose gradients are held, then a third: none is written over."""
+    monkeypatch.setattr(pages, "FRESH_BYTES", 1)
+    experts, expert = made(), ROUTES["uneven"](5)
+    x, weight = torch.randn(40, SIZE).double(), torch.rand(40, 2).double()
+    held = []
+    for factor in (1.0, 2.0, 3.0):
+        experts.zero_grad()
+        run_layer(experts, x, weight, expert).sum().mul(factor).backward()
+        held.append(experts.fc.weight.grad)
+    for factor, gradient in zip((1.0, 2.0, 3.0), held, strict=True):
+        torch.testing.assert_close(gradient, factor * held[0])
+    run_layer(experts, x, weight, expert).sum().backward()  # accumulates into the third
+    torch.testing.assert_close(experts.fc.weight.grad, 4 * held[0])
 
 
 def test_operators_are_registered_as_pytorch_wants_them():

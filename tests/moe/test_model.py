@@ -111,7 +111,7 @@ def test_shared_experts_see_every_token():
     torch.testing.assert_close(layer(x), expected)
 
 
-# --------------------------------------------------------------------------------- what surrounds it
+# -------------------------------------------------------------------------------- what surrounds it
 
 
 def test_stacks_and_router_count_as_matrices_and_are_drawn_as_linear_layers():
@@ -219,7 +219,9 @@ def test_weights_go_to_the_hubs_layout_and_back_bitwise(tmp_path, monkeypatch, n
 def test_config_survives_its_file(tmp_path):
     config = Config.from_name(AFTER)
     save_config(config, tmp_path)
-    assert yaml.safe_load((tmp_path / "model_config.yaml").read_text())["mlp_class_name"] == "PhiMoE"
+    assert (
+        yaml.safe_load((tmp_path / "model_config.yaml").read_text())["mlp_class_name"] == "PhiMoE"
+    )
     assert Config.from_file(tmp_path / "model_config.yaml") == config
 
 
