@@ -80,10 +80,9 @@ class Adaptation:
                 "LoRA is asked for nowhere: set lora_r to 1 or more, and one of lora_query, "
                 "lora_key, lora_value, lora_projection, lora_mlp or lora_head"
             )
-        if train.balance_bias_rate:
+        if job.arguments.get("strategy") == "deepspeed":
             faults.append(
-                "train.balance_bias_rate moves a bias of the base model, which this finetuning "
-                "does not save; use balance_loss"
+                "strategy deepspeed is for whole models; this finetuning takes auto, ddp or fsdp"
             )
         if train.tie_embeddings:
             faults.append("train.tie_embeddings: embeddings stay as they are in this finetuning")

@@ -303,6 +303,8 @@ def should_compile(job: Job, machine: Machine, course: Course) -> bool:
         return mode == "on"
     if machine.kind == "cuda":
         return True
+    if machine.precision != "32-true":  # compiled bf16 blocks were slower than eager ones
+        return False
     flops = flops_per_token_6n_12ldt(job.config, job.length)
     tokens = course.steps * course.global_batch_size * job.length
     peak = peak_for(torch.device("cpu"), arithmetic_of(machine.precision)) * machine.world

@@ -63,10 +63,10 @@ def setup(
         logger_name: The name of the logger to send metrics to.
         seed: The random seed to use for reproducibility.
         access_token: Optional API token to access models with restrictions.
-        strategy: How several devices share the work: auto (fsdp where there are several), ddp (a copy each) or fsdp
-            (parameters sharded).
-        sharding: What fsdp shards: full (all), grad_op (parameters stay whole between forward and
-            backward), hybrid (full within a node, a copy per node).
+        strategy: How several devices share the work: auto (fsdp where there are several), ddp (a copy each), fsdp
+            (parameters sharded) or deepspeed (ZeRO).
+        sharding: What fsdp and deepspeed shard: full (all; ZeRO 3), grad_op (parameters stay whole between
+            forward and backward; ZeRO 2), hybrid (full within a node, a copy per node; fsdp only).
         cpu_offload: Keep sharded parameters and optimizer state in host memory.
     """  # noqa: E501 (LitGPT's own lines, so that --help reads the same)
     from phi_lit.seams import stock

@@ -30,7 +30,7 @@ ADDED: dict[str, tuple[Any, Any, str]] = {
         None,
         "How several devices share the work: auto (fsdp where there are several), ddp or fsdp.",
     ),
-    "sharding": (Sharding | None, None, "What fsdp shards: full, grad_op or hybrid."),
+    "sharding": (Sharding | None, None, "What is sharded: full, grad_op or hybrid (fsdp)."),
     "cpu_offload": (bool, False, "Keep sharded parameters and optimizer state in host memory."),
 }
 """What our commands take beside LitGPT's parameters: type, default, help."""

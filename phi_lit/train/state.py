@@ -56,7 +56,8 @@ def gather(
         if not is_untouched(optimizers):
             optimizer_state = get_optimizer_state_dict(module, optimizers, options=options)
     if _some_frozen(module):  # quantized layers would add what their weights are scaled by
-        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        inner = module.module if deepspeed.is_engine(module) else module
+        trained = {name for name, parameter in inner.named_parameters() if parameter.requires_grad}
         model_state = {name: value for name, value in model_state.items() if name in trained}
     return _renamed(model_state, optimizer_state, lambda name: name.removeprefix(WRAPPER))
 

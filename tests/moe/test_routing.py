@@ -67,9 +67,11 @@ def test_selection_bias_chooses_and_leaves_the_weights_alone():
 
 def test_balance_loss_is_one_when_even_and_grows_to_the_number_of_experts():
     even = torch.zeros(12, 4)
-    assert routing.balance_loss(even.softmax(-1), torch.tensor([6, 6, 6, 6])).item() == pytest.approx(1)
+    balanced = routing.balance_loss(even.softmax(-1), torch.tensor([6, 6, 6, 6]))
+    assert balanced.item() == pytest.approx(1)
     one = torch.tensor([[30.0, 0, 0, 0]] * 12)
-    assert routing.balance_loss(one.softmax(-1), torch.tensor([12, 0, 0, 0])).item() == pytest.approx(4)
+    lopsided = routing.balance_loss(one.softmax(-1), torch.tensor([12, 0, 0, 0]))
+    assert lopsided.item() == pytest.approx(4)
 
 
 def test_losses_equal_their_formulas():

@@ -328,6 +328,9 @@ def test_biases_are_not_moved_where_they_would_not_be_saved(starts: dict[str, Pa
     job = Job("finetune", config, CodeTextbook(), None, starts[MODELS[0]], Default(), options)
     (fault,) = LORA.faults(job)
     assert "balance_bias_rate moves what belongs to the base model" in fault
+    job.arguments.update(train=TrainArgs(), strategy="deepspeed")
+    (fault,) = LORA.faults(job)
+    assert "strategy deepspeed is for whole models" in fault
 
 
 def test_the_record_stays_small_and_the_logger_gets_every_layer(

@@ -302,7 +302,7 @@ def test_a_changed_run_goes_on_by_key(tmp_path: Path, train: Train) -> None:
         ({"train": {"attention_dropout": 1.0}}, r"attention_dropout is 1.0"),
         ({"train": {"max_seq_length": 65}}, r"max_seq_length is 65; phi1-test takes 1 to 64"),
         ({"train": {"max_steps": None, "max_tokens": 10}}, r"would end before its first step"),
-        ({"strategy": "deepspeed"}, r"deepspeed is not supported yet"),
+        ({"strategy": "deepspeed", "sharding": "hybrid"}, r"sharding hybrid is fsdp's"),
         ({"train": {"name_steps": {4: "a/b"}}}, r"calls step 4 'a/b'; a name is"),
         ({"model_config": {"n_layer": 2}}, r"both given, and the name would be ignored"),
         ({"cpu_offload": True}, r"cpu_offload needs"),
