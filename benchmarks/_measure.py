@@ -52,8 +52,13 @@ def machine(threads: int) -> dict[str, Any]:
 
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(":", 1)[1].strip() for x in lines if "model name" in x), name)
+        said: dict[str, str] = {}  # virtual machines hide the model's name, not its generation
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            said.setdefault(key.strip(), value.strip())
+        name = said.get("model name", name)
+        if "cpu family" in said:
+            name += f" (family {said['cpu family']}, model {said.get('model')})"
     described = {
         "cpu": name,
         "cores": os.cpu_count(),

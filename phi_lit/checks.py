@@ -69,6 +69,7 @@ def check_inference(
     max_new_tokens: int | None,
     prompt: str | None = None,
     sys_prompt: str | None = None,
+    accelerator: str = "auto",
 ) -> None:
     """Raise one `UserError` with everything that keeps a checkpoint from generating.
 
@@ -81,6 +82,7 @@ def check_inference(
         max_new_tokens: how long an answer may get; None for the whole context.
         prompt: what to answer, if it is known yet.
         sys_prompt: the system prompt that goes before it.
+        accelerator: Fabric's word for where the model goes.
     """
     from litgpt.utils import extend_checkpoint_dir
 
@@ -96,7 +98,7 @@ def check_inference(
         if prompt is not None:
             faults += _faults_of_prompt(directory, prompt, sys_prompt, max_new_tokens or 1)
         if not faults:
-            faults += _faults_of_memory(state.get("model", state), quantize, precision)
+            faults += _faults_of_memory(state.get("model", state), quantize, precision, accelerator)
     if faults:
         raise UserError(f"{'; '.join(faults)}.")
 
@@ -159,9 +161,9 @@ def fault_of_length(tokens: int, max_new_tokens: int, context: int) -> str | Non
 
 
 def _faults_of_memory(
-    state: dict[str, Any], quantize: str | None, precision: str | None
+    state: dict[str, Any], quantize: str | None, precision: str | None, accelerator: str
 ) -> list[str]:
-    needed, free = predicted_bytes(state, quantize, precision), free_bytes()
+    needed, free = predicted_bytes(state, quantize, precision), free_bytes(accelerator)
     if needed * MARGIN <= free:
         return []
     as_what = quantize or precision or "the default precision"
@@ -195,11 +197,15 @@ def predicted_bytes(state: dict[str, Any], quantize: str | None, precision: str 
     )
 
 
-def free_bytes() -> float:
-    """Return the memory that is free where the model goes: the GPU's, or what this process may."""
+def free_bytes(accelerator: str = "auto") -> float:
+    """Return the memory that is free where the model goes: the GPU's, or what this process may.
+
+    Args:
+        accelerator: Fabric's word; auto is the GPU where there is one.
+    """
     import torch
 
-    if torch.cuda.is_available():
+    if accelerator not in ("cpu", "mps") and torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     import psutil
 

@@ -50,7 +50,12 @@ def _is_slow(h: Tensor, activation: str) -> bool:
 
 def _gate(x: Tensor) -> Tensor:
     """Return sigmoid(2u), u being the argument of GELU's tanh."""
-    return (x * x).mul_(_CUBIC).add_(_LINEAR).mul_(x).sigmoid_()
+    return _quadratic(x, _CUBIC).mul_(x).sigmoid_()
+
+
+def _quadratic(x: Tensor, factor: float) -> Tensor:
+    """Return _LINEAR + factor * x^2, in one pass."""
+    return torch.addcmul(x.new_tensor(_LINEAR), x, x, value=factor)
 
 
 def _gelu_tanh_with_slope(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -58,9 +63,9 @@ def _gelu_tanh_with_slope(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]
     a = gate * x
 
     def back(grad: Tensor) -> Tensor:
-        """Multiply with gate + a * (1 - gate) * d(2u)/dx."""
-        slope = (x * x).mul_(3 * _CUBIC).add_(_LINEAR)
-        return slope.mul_(a).mul_(1 - gate).add_(gate).mul_(grad)
+        """Multiply with gate + (1 - gate) * a * d(2u)/dx."""
+        slope = _quadratic(x, 3 * _CUBIC).mul_(a)
+        return slope.lerp_(x.new_tensor(1.0), gate).mul_(grad)
 
     return a, back
 

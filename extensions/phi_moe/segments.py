@@ -20,13 +20,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from extensions.phi_moe import pages
 from extensions.phi_moe.activation import activate_quickly, activate_with_slope
-from extensions.phi_moe.gemm import product
+from extensions.phi_moe.gemm import product, rows_to_copy_from
 
 ROWS = 1024
-"""Visits at a time: what they make of activations should not be larger than the caches."""
-
-DEEP = 512
-"""Rows from which a weight's gradient is faster made in oneDNN and copied than written in place."""
+"""Visits at a time, or nearly: what they make of activations should stay in the caches."""
 
 
 def sort_visits(expert_NK: Tensor, load_E: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,18 +35,21 @@ def sort_visits(expert_NK: Tensor, load_E: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pieces(end_E: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield (expert, its visits) for every expert that has some, at most `ROWS` at a time."""
+    """Yield (expert, its visits) for every expert that has some, in even pieces of about `ROWS`."""
     start = 0
     for expert, end in enumerate(end_E.tolist()):
+        pieces = max(1, round((end - start) / ROWS))
+        rows = -(-(end - start) // pieces)
         while start < end:
-            stop = min(start + ROWS, end)
+            stop = min(start + rows, end)
             yield expert, slice(start, stop)
             start = stop
 
 
 def _put(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
     """Write `left.T @ right` into `out`, or add it to what is there."""
-    if out.dtype == left.dtype and len(left) < DEEP:
+    copied = left.dtype == torch.float32 and len(left) >= rows_to_copy_from()
+    if out.dtype == left.dtype and not copied:
         if add:
             out.addmm_(left.t(), right)
         else:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from phi_lit.errors import UserError
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from litgpt.prompts import PromptStyle
     from litgpt.tokenizer import Tokenizer
 
@@ -64,18 +65,8 @@ def template_renderer(checkpoint_dir: Path, template: str) -> Render:
         UserError: it is no template; when rendering: it refuses these messages.
     """
     from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def refuse(reason: str) -> None:
-        raise TemplateError(reason)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals |= {
-        "raise_exception": refuse,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
+    environment = _environment()
     settings = _settings(checkpoint_dir)
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     special = {name: _content(settings[name]) for name in names if settings.get(name)}
@@ -91,6 +82,41 @@ def template_renderer(checkpoint_dir: Path, template: str) -> Render:
             raise UserError(f"the chat template refuses these messages: {error}") from error
 
     return render
+
+
+def _environment() -> "Environment":
+    """Return jinja's sandbox with what transformers gives a chat template, no more."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks the assistant's words for training; here it is no more."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja reads it from the class
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(reason: str) -> None:
+        raise TemplateError(reason)
+
+    def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)  # jinja's own is for HTML
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, "jinja2.ext.loopcontrols"],
+    )
+    environment.filters["tojson"] = as_json
+    environment.globals |= {
+        "raise_exception": refuse,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
+    return environment
 
 
 def _content(token: Any) -> str:

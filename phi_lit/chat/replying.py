@@ -9,8 +9,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from phi_lit.chat.engine import Engine, Overdue
+from phi_lit.chat.limits import BodyLimit
 from phi_lit.chat.stream import Reply, Wish
 
 CLIENT_GONE = 499
@@ -34,6 +36,8 @@ def told(error: Exception) -> tuple[int, str, str | None, str | None]:
     """Return status, message, code and parameter of an error; what nobody expects is logged."""
     if isinstance(error, Refused):
         return error.status, error.message, error.code, error.param
+    if isinstance(error, HTTPException):
+        return error.status_code, f"{str(error.detail).rstrip('.')}.", None, None
     if isinstance(error, Overdue):
         return 503, f"The server is busy: {error}.", "overloaded", None
     traceback.print_exception(error, file=sys.stderr)
@@ -49,7 +53,7 @@ def error_body(
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Make every error of an app, malformed requests included, one of `error_body`'s."""
+    """Make every error of an app, malformed and huge requests too, one of `error_body`'s."""
 
     async def answer(_: Request, error: Exception) -> JSONResponse:
         found = told(error)
@@ -68,8 +72,9 @@ def add_handlers(app: FastAPI) -> None:
         )
 
     app.add_exception_handler(RequestValidationError, malformed)
-    for kind in (Refused, Overdue, Exception):
+    for kind in (Refused, HTTPException, Overdue, Exception):
         app.add_exception_handler(kind, answer)
+    app.add_middleware(BodyLimit)
 
 
 async def collect(

@@ -70,7 +70,11 @@ def run_server(
             everyone in who can reach this machine, and there is no password.
     """
     check_inference(
-        checkpoint_dir, quantize=quantize, precision=precision, max_new_tokens=max_new_tokens
+        checkpoint_dir,
+        quantize=quantize,
+        precision=precision,
+        max_new_tokens=max_new_tokens,
+        accelerator=accelerator,
     )
     check_packages()
     from litgpt.utils import auto_download_checkpoint
@@ -183,11 +187,13 @@ def _add_plain(app: "FastAPI", engine: "Engine", default: "Wish", path: str, str
     from fastapi import Request
     from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+    from phi_lit.chat.limits import check_json
     from phi_lit.chat.openai_api import room
     from phi_lit.chat.replying import Refused, collect, error_body, told
     from phi_lit.chat.stream import Reply
 
     async def body_of(request: Request) -> dict[str, Any]:
+        check_json(request)
         try:
             body = await request.json()
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

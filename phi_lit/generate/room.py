@@ -49,7 +49,7 @@ def fitting_rows(
     own = row_bytes(config, dtype, new_tokens)
     # Rows of several prompts at a time: some prompts are there with their last few samples.
     each = own + prompt / max(1.0, samples / 4)
-    free = SHARE * free_bytes()
+    free = SHARE * free_bytes(device.type)
     if own + prompt > free:
         raise UserError(
             f"not enough memory: one sample of {prompt_tokens + new_tokens:,} tokens needs "
