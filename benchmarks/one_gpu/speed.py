@@ -34,8 +34,7 @@ def measure_size(case: Case, device: str, rows: int, steps: int, accumulate: int
 
     from phi_lit.registry import MODELS
     from phi_lit.train import flops
-    from phi_lit.train.build import arithmetic_of
-    from phi_lit.train.devices import peak_for
+    from phi_lit.train.devices import arithmetic_of, peak_for
 
     config = Config(**MODELS[case.model])
     fabric = Fabric(accelerator=device, devices=1, precision=case.precision)  # type: ignore[arg-type]

@@ -138,6 +138,13 @@ def gpu_reported(name: str) -> Gpu | None:
     return None
 
 
+def arithmetic_of(precision: str) -> torch.dtype:
+    """Return the dtype of the matrix products under a precision."""
+    if precision.startswith("bf16"):
+        return torch.bfloat16
+    return torch.float16 if precision.startswith("16") else torch.float32
+
+
 def peak_for(device: torch.device, dtype: torch.dtype) -> float:
     """Dense matmul peak of a device in FLOP/s: the table's figure, or else measured.
 

@@ -295,8 +295,7 @@ def _without_default_length(train: TrainArgs) -> TrainArgs:
 
 def _listed(gpu: str, precision: str) -> "tuple[Gpu, float]":
     """Return a GPU of the table and its peak under a precision."""
-    from phi_lit.train.build import arithmetic_of
-    from phi_lit.train.devices import gpu_named
+    from phi_lit.train.devices import arithmetic_of, gpu_named
 
     card = gpu_named(gpu)
     peak = card.peak(arithmetic_of(precision))
@@ -313,8 +312,7 @@ def _measured_cpu(precision: str) -> "tuple[Gpu, float]":
     import psutil
     import torch
 
-    from phi_lit.train.build import arithmetic_of
-    from phi_lit.train.devices import Gpu, measure_peak
+    from phi_lit.train.devices import Gpu, arithmetic_of, measure_peak
 
     peak = measure_peak(arithmetic_of(precision))
     name = f"this CPU with {torch.get_num_threads()} threads"

@@ -29,6 +29,24 @@ def test_smollm2s_conversation_is_written_as_transformers_writes_it(smollm2, sys
         assert render([*system, *messages]) == expected
 
 
+def test_a_template_gets_what_transformers_gives_it(tmp_path, smollm2):
+    from litgpt.prompts import ChatML
+    from transformers import AutoTokenizer
+
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m | tojson }}"
+        "{% endgeneration %}{% else %}{{ m | tojson(indent=2) }}{% continue %}{% endif %}\n"
+        "{% endfor %}{{ bos_token }}"
+    )
+    shutil.copytree(smollm2, tmp_path / "model", ignore=shutil.ignore_patterns("*.pth"))
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    turns = [TURNS[0], {"role": "assistant", "content": "a < b & 'é' 日本"}, TURNS[2]]
+    expected = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert "a < b & 'é' 日本" in expected
+    assert renderer(tmp_path / "model", ChatML())(turns) == expected
+
+
 def test_smollm2s_reply_ends_where_the_users_turn_would_begin(smollm2):
     from litgpt.prompts import load_prompt_style
     from litgpt.tokenizer import Tokenizer

@@ -244,7 +244,7 @@ def test_too_little_memory_is_told_with_what_would_fit(talker_dir, monkeypatch):
         assert held == pytest.approx(needed, rel=0.06)
     options = dict(precision="32-true", max_new_tokens=5)
     checks.check_inference(talker_dir, quantize=None, **options)
-    monkeypatch.setattr(checks, "free_bytes", lambda: 500_000)
+    monkeypatch.setattr(checks, "free_bytes", lambda *_: 500_000)
     with pytest.raises(UserError, match=r"as 32-true, but 0.0 GB are free; --quantize bnb.nf4"):
         checks.check_inference(talker_dir, quantize=None, **options)
     checks.check_inference(talker_dir, quantize="bnb.nf4", **options)

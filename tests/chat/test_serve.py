@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -41,9 +42,9 @@ class Served:
         url = f"http://127.0.0.1:{self.port}/v1"
         return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
 
-    def post(self, path: str, body: bytes) -> tuple[int, bytes]:
+    def post(self, path: str, body: Any, kind: str = "application/json") -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        connection.request("POST", path, body, {"Content-Type": kind})
         answer = connection.getresponse()
         return answer.status, answer.read()
 
@@ -249,6 +250,25 @@ def test_malformed_json_is_a_bad_request_and_the_server_goes_on(served, body):
     assert ask(served, max_tokens=1).usage.completion_tokens == 1
 
 
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_huge_request_is_refused_and_the_server_goes_on(served, announced):
+    body = json.dumps({"prompt": "x" * 2**24}).encode()
+    pieces = (body[start : start + 2**20] for start in range(0, len(body), 2**20))
+    try:
+        status, answer = served.post("/v1/chat/completions", body if announced else pieces)
+        assert status == 413
+        assert "16,777,216 bytes" in json.loads(answer)["error"]["message"]
+    except (BrokenPipeError, ConnectionResetError):
+        assert announced  # refused before it was sent
+    assert ask(served, max_tokens=1).usage.completion_tokens == 1
+
+
+def test_an_unknown_path_is_not_found_in_openais_form(served):
+    status, answer = served.post("/v1/embeddings", b"{}")
+    assert status == 404
+    assert json.loads(answer)["error"]["message"] == "Not Found."
+
+
 def hang_up(served, stream: bool) -> None:
     """Ask for a reply of 1,900 tokens and close the connection after its beginning."""
     body = {"model": "phi1-test", "messages": HELLO, "max_tokens": 1900, "stream": stream}
@@ -317,6 +337,10 @@ def test_litgpts_plain_endpoint(engine, expected):
             status, answer = served.post("/predict", body)
             assert status == 400
             assert word in json.loads(answer)["error"]["message"]
+        # what any web page may send to a port of this machine without asking
+        status, answer = served.post("/predict", b'{"prompt": "Hello you"}', "text/plain")
+        assert status == 415
+        assert "application/json" in json.loads(answer)["error"]["message"]
 
 
 def test_litgpts_streaming_endpoint_sends_lines_of_json(engine, expected):
