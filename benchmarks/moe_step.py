@@ -46,9 +46,11 @@ def build(config: Any, rows: int, precision: str, weights: str | None = None, id
     from phi_lit.train.args import TrainArgs
     from phi_lit.train.checkpoint import load_weights
     from phi_lit.train.experts import Experts, apply_expert_options
+    from phi_lit.train.heap import keep_freed_memory
     from phi_lit.train.init import initialize
     from phi_lit.train.model import LossModel
 
+    keep_freed_memory()
     if not isinstance(config, Config):
         config = Config.from_name(config) if isinstance(config, str) else Config(**config)
     torch.manual_seed(0)

@@ -131,8 +131,10 @@ def build(kind: str, file: Path, batch: int, count: int) -> Callable[[], float]:
         model: Any = fabric.setup_module(gpt)
     else:
         from phi_lit.train.documents import apply_document_mask
+        from phi_lit.train.heap import keep_freed_memory
         from phi_lit.train.model import LossModel
 
+        keep_freed_memory()
         apply_document_mask(gpt)
         model = fabric.setup_module(LossModel(gpt))
     optimizer = torch.optim.AdamW(gpt.parameters(), fused=kind != "litgpt", **ADAMW)

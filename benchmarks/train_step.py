@@ -121,8 +121,10 @@ def ours(compiled: bool) -> Callable[..., Any]:
         import torch
         from lightning import Fabric
 
+        from phi_lit.train.heap import keep_freed_memory
         from phi_lit.train.model import LossModel, compile_blocks
 
+        keep_freed_memory()
         fabric = Fabric(accelerator="cpu", devices=1, precision=precision)  # type: ignore[arg-type]
         model = LossModel(make_gpt(config))
         if compiled:

@@ -1,19 +1,14 @@
 """Large CPU tensors without the price of fresh memory.
 
 A tensor above glibc's largest threshold (32 MB) is fresh memory from the kernel each time, and the
-first touch of its 4 KB pages costs as much as a tenth of the products that fill it: half of what 64
-experts cost beyond their arithmetic was the first touch of their weights' gradients. So large
-tensors ask Linux for pages of 2 MB, a quarter of the price, and memory that held a gradient is
-used for the next one once nobody holds that any more.
+first touch of its pages costs as much as a tenth of the products that fill it: half of what 64
+experts cost beyond their arithmetic was the first touch of their weights' gradients. So memory that
+held a gradient is used for the next one once nobody holds that any more.
 """
 
-import ctypes
 import math
-import mmap
 import threading
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,34 +16,25 @@ from torch import Tensor
 FRESH_BYTES = 32 << 20
 """From here on memory comes from the kernel and goes back to it."""
 
-_MADV_HUGEPAGE = 14
 _kept: list[Tensor] = []  # bytes that gradients lay in, in use or not
 _lock = threading.Lock()
 
 
-def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return an uninitialised tensor of `like`'s type and device, on large pages if it is large."""
-    made = like.new_empty(shape)
-    if made.nbytes >= FRESH_BYTES and made.device.type == "cpu" and _madvise():
-        page = mmap.PAGESIZE
-        start = -(-made.data_ptr() // page) * page
-        length = (made.data_ptr() + made.nbytes - start) // page * page
-        _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
-    return made
-
-
 def empty_again(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Do the same, in memory that a tensor from here lay in before and nobody holds any more."""
+    """Return an uninitialised tensor of `like`'s type and device.
+
+    A large one lies where an earlier one from here lay that nobody holds any more.
+    """
     size = math.prod(shape) * like.element_size()
     if size < FRESH_BYTES or like.device.type != "cpu" or not hasattr(torch._C, _USE_COUNT):
-        return empty(like, shape)
+        return like.new_empty(shape)
     with _lock:
         for block in _kept:
             if block.nbytes == size and not _is_held(block):
                 return like.new_empty(0).set_(block.view(like.dtype).untyped_storage(), 0, shape)
         # Whatever else lies about unused belongs to other shapes: a model that is gone.
         _kept[:] = [block for block in _kept if _is_held(block)]
-        made = empty(like, shape)
+        made = like.new_empty(shape)
         _kept.append(made.detach().view(-1).view(torch.uint8))
         return made
 
@@ -60,12 +46,3 @@ def _is_held(block: Tensor) -> bool:
     """Tell whether any other tensor lies in the memory of `block`."""
     storage = block.untyped_storage()
     return getattr(torch._C, _USE_COUNT)(storage._cdata) > 2  # `block` and `storage` are two
-
-
-@cache
-def _madvise() -> Any:
-    """Return libc's madvise, or None where there is none (it is Linux's)."""
-    try:
-        return ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
-    except (OSError, AttributeError):
-        return None

@@ -3,7 +3,8 @@
 Visits (a token at one of its experts) are sorted by expert, so that each expert's are one
 contiguous segment and its products are ordinary ones. What autograd would make of such a loop is
 avoided: a gradient of the whole stack per expert, a tensor of all visits' inputs and one of their
-outputs. A segment is gathered, multiplied and added where it belongs while it is in the caches.
+outputs. About a thousand visits at a time are gathered, multiplied and added where they belong
+while they are in the caches: a piece of one expert's, or several experts' together.
 This is a registered operation, so compilers, FLOP counters, the meta device and selective
 checkpointing see one node with known shapes, however the tokens fall.
 
@@ -12,6 +13,7 @@ sorted by expert, F inner size, H what the first product gives: F, or 2 F where 
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,16 +36,28 @@ def sort_visits(expert_NK: Tensor, load_E: Tensor) -> tuple[Tensor, Tensor]:
     return expert_NK.flatten().argsort(stable=True), load_E.cumsum(0).to(torch.int32)
 
 
-def _pieces(end_E: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield (expert, its visits) for every expert that has some, in even pieces of about `ROWS`."""
-    start = 0
-    for expert, end in enumerate(end_E.tolist()):
-        pieces = max(1, round((end - start) / ROWS))
-        rows = -(-(end - start) // pieces)
-        while start < end:
-            stop = min(start + rows, end)
-            yield expert, slice(start, stop)
-            start = stop
+def _batches(end_E: Tensor) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
+    """Yield (visits, their pieces): about `ROWS` visits, and per expert (expert, rows among them).
+
+    An expert with many visits has even pieces in several batches; experts with few share one.
+    """
+    start, pieces = 0, list[tuple[int, slice]]()
+    for expert, (first, end) in enumerate(pairwise([0, *end_E.tolist()])):
+        parts = max(1, round((end - first) / ROWS))
+        rows = -(-(end - first) // parts)
+        while first < end:
+            stop = min(first + rows, end)
+            if pieces and stop - start > ROWS:
+                yield slice(start, first), pieces
+                start, pieces = first, []
+            pieces.append((expert, slice(first - start, stop - start)))
+            first = stop
+    if pieces:
+        yield slice(start, start + pieces[-1][1].stop), pieces
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _put(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
@@ -57,6 +71,27 @@ def _put(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
         return
     made = product(left.t(), right.t())
     (out.add_ if add else out.copy_)(made)
+
+
+def _put_all(
+    grads: list[Tensor | None],
+    expert: int,
+    h_grad: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    a: Tensor,
+    add: bool,
+) -> None:
+    """Put one expert's visits into its gradients, or add them to what is there."""
+    fc, fc_bias, proj, proj_bias = grads
+    assert fc is not None
+    assert proj is not None
+    _put(fc[expert], h_grad, x, add)
+    _put(proj[expert], grad, a, add)
+    if fc_bias is not None and proj_bias is not None:
+        put = Tensor.add_ if add else Tensor.copy_
+        put(fc_bias[expert], h_grad.sum(0))
+        put(proj_bias[expert], grad.sum(0))
 
 
 def _row(stack: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor | None:
@@ -94,14 +129,20 @@ def experts(
     kept, dtype = weight_NK.shape[1], x_ND.dtype
     token_S, weight_S = order_S // kept, weight_NK.flatten()[order_S]
     y_ND = x_ND.new_zeros(x_ND.shape, dtype=weight_NK.dtype)
-    h_SH = pages.empty(x_ND, (len(order_S), fc_EHD.shape[1]))
-    for expert, visits in _pieces(end_E):
+    h_SH = x_ND.new_empty((len(order_S), fc_EHD.shape[1]))
+    for visits, pieces in _batches(end_E):
         token = token_S[visits]
-        x = x_ND.index_select(0, token)
-        h = product(x, fc_EHD[expert].to(dtype), _row(fc_bias_EH, expert, dtype))
-        h_SH[visits] = h
-        proj, proj_bias = proj_EDF[expert].to(dtype), _row(proj_bias_ED, expert, dtype)
-        y = product(activate_quickly(h, activation), proj, proj_bias)
+        x, h = x_ND.index_select(0, token), h_SH[visits]
+        for expert, rows in pieces:
+            bias = _row(fc_bias_EH, expert, dtype)
+            h[rows] = product(x[rows], fc_EHD[expert].to(dtype), bias)
+        a = activate_quickly(h, activation)
+        y = _join(
+            [
+                product(a[rows], proj_EDF[expert].to(dtype), _row(proj_bias_ED, expert, dtype))
+                for expert, rows in pieces
+            ]
+        )
         y_ND.index_add_(0, token, y.to(y_ND.dtype).mul_(weight_S[visits, None]))
     return y_ND.to(dtype), h_SH
 
@@ -137,34 +178,30 @@ def experts_backward(
     stacks = (fc_EHD, fc_bias_EH, proj_EDF, proj_bias_ED)
     grads = [None if s is None or not trains else pages.empty_again(s, s.shape) for s in stacks]
     for expert, count in enumerate(end_E.diff(prepend=end_E.new_zeros(1)).tolist()):
-        for grad in grads:
-            if grad is not None and not count:
-                grad[expert].zero_()
+        for stack_grad in grads:
+            if stack_grad is not None and not count:
+                stack_grad[expert].zero_()
     before = -1
-    for expert, visits in _pieces(end_E):
+    for visits, pieces in _batches(end_E):
         token, weight = token_S[visits], weight_S[visits, None]
-        grad = grad_ND.index_select(0, token)
+        x, grad = x_ND.index_select(0, token) if trains else None, grad_ND.index_select(0, token)
         a, back = activate_with_slope(h_SH[visits], activation)
-        inner = product(grad, proj_EDF[expert].to(dtype).t())
+        inner = _join([product(grad[rows], proj_EDF[e].to(dtype).t()) for e, rows in pieces])
         visit_grad = (inner * a).sum(1, dtype=weight.dtype)
         if proj_bias_ED is not None:
-            visit_grad += torch.mv(grad, proj_bias_ED[expert].to(dtype))
+            for expert, rows in pieces:
+                visit_grad[rows] += torch.mv(grad[rows], proj_bias_ED[expert].to(dtype))
         weight_grad_S[visits] = visit_grad
         grad = (grad * weight).to(dtype)
         h_grad = back((inner * weight).to(dtype))
-        if trains:
-            again = expert == before
-            fc, fc_bias, proj, proj_bias = grads
-            assert fc is not None
-            assert proj is not None
-            _put(fc[expert], h_grad, x_ND.index_select(0, token), again)
-            _put(proj[expert], grad, a, again)
-            if fc_bias is not None and proj_bias is not None:
-                put = Tensor.add_ if again else Tensor.copy_
-                put(fc_bias[expert], h_grad.sum(0))
-                put(proj_bias[expert], grad.sum(0))
-        before = expert
-        x_grad.index_add_(0, token, product(h_grad, fc_EHD[expert].to(dtype).t()).to(x_grad.dtype))
+        if x is not None:
+            for expert, rows in pieces:
+                _put_all(
+                    grads, expert, h_grad[rows], x[rows], grad[rows], a[rows], expert == before
+                )
+                before = expert
+        made = _join([product(h_grad[rows], fc_EHD[e].to(dtype).t()) for e, rows in pieces])
+        x_grad.index_add_(0, token, made.to(x_grad.dtype))
     weight_grad_NK = torch.empty_like(weight_S)
     weight_grad_NK[order_S] = weight_grad_S
     return [

@@ -29,6 +29,7 @@ from phi_lit.train.args import TrainArgs, raise_together
 from phi_lit.train.build import build
 from phi_lit.train.deepspeed import check_deepspeed
 from phi_lit.train.experts import expert_faults
+from phi_lit.train.heap import keep_freed_memory
 from phi_lit.train.job import Job, Machine, flat, plain
 from phi_lit.train.loop import Run, Stopped, fit, is_due, validate
 from phi_lit.train.microbatch import out_of_memory
@@ -52,6 +53,8 @@ def launch(job: Job) -> None:
         kind="cuda" if torch.cuda.is_available() else "cpu",
     )
     check(job, machine)
+    if machine.kind == "cpu":
+        keep_freed_memory()
     with disk_errors(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
         logger = choose_logger(

@@ -165,13 +165,29 @@ def test_frozen_stacks_get_no_gradient_and_the_tokens_keep_theirs():
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1 << 24,)])
-@pytest.mark.parametrize("make", [pages.empty, pages.empty_again])
-def test_large_pages_hold_ordinary_tensors(make, shape):
-    made = make(torch.zeros(1), shape)
+def test_memory_that_is_used_again_holds_ordinary_tensors(shape):
+    made = pages.empty_again(torch.zeros(1), shape)
     assert made.shape == shape
     assert made.is_contiguous()
     assert made.fill_(2.0).sum().item() == 2.0 * made.numel()
-    assert make(torch.zeros(1, dtype=torch.float64), (2,)).dtype == torch.float64
+    assert pages.empty_again(torch.zeros(1, dtype=torch.float64), (2,)).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "loads", [[0], [0, 3, 0], [5, 5, 5], [16, 17, 0, 1], [40, 1, 23], [24, 8, 8, 8], [1] * 40]
+)
+def test_batches_cover_every_visit_once_in_order(loads, monkeypatch):
+    monkeypatch.setattr(segments, "ROWS", 16)
+    ends = torch.tensor(loads).cumsum(0)
+    seen = []
+    for visits, pieces in segments._batches(ends):
+        assert 0 < visits.stop - visits.start < 1.5 * 16
+        assert pieces[0][1].start == 0
+        assert pieces[-1][1].stop == visits.stop - visits.start
+        for expert, rows in pieces:
+            seen += [(expert, visits.start + row) for row in range(rows.start, rows.stop)]
+    expected = [e for e, load in enumerate(loads) for _ in range(load)]
+    assert seen == [(expert, visit) for visit, expert in enumerate(expected)]
 
 
 def test_memory_is_used_again_only_when_nobody_holds_it():
