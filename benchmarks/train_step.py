@@ -4,7 +4,7 @@ All contestants start from the same weights and see the same batch; their losses
 each does is what its own code does on a CPU: LitGPT's `pretrain` (model compiled whole, its chunked
 cross-entropy outside, AdamW not fused), transformers' PhiForCausalLM with its loss and Trainer's
 fused AdamW, nanoGPT (model and loss compiled together), and ours (blocks compiled one by one,
-chunked head, fused AdamW). `--fused-for-all` gives everyone the fused optimizer.
+chunked head, fused AdamW, freed memory kept). `--fused-for-all` gives everyone the fused optimizer.
 Target: 1.2 times LitGPT compiled at half of its peak memory, and faster than every other row.
 
     python benchmarks/train_step.py                        # hidden 256 and 512, float32

@@ -37,6 +37,6 @@ def test_freed_memory_is_kept_and_users_settings_stand():
     said, kept = faults("keep")
     if said == "False":
         pytest.skip("another C library")
-    assert max(kept[2:]) < 100
-    assert min(faults("don't")[1][2:]) > 10_000  # 4 KB pages of the two above 32 MB alone
+    assert max(kept[-6:]) < 100
+    assert min(faults("don't")[1][-6:]) > 10_000  # 4 KB pages of the two above 32 MB alone
     assert faults("keep", MALLOC_ARENA_MAX="4")[0] == "False"
