@@ -103,6 +103,12 @@ def check_inference(
         raise UserError(f"{'; '.join(faults)}.")
 
 
+def check_quantizer(quantize: str | None) -> None:
+    """Raise a `UserError` if there is no such quantizer here: bnb.MODE with bitsandbytes."""
+    if faults := _faults_of_quantizer(quantize, None):
+        raise UserError(f"{'; '.join(faults)}.")
+
+
 def _faults_of_quantizer(quantize: str | None, precision: str | None) -> list[str]:
     if quantize is None:
         return []

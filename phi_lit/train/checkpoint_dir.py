@@ -34,7 +34,11 @@ def find_checkpoint_dir(named: Path, access_token: str | None = None) -> Path:
 
 
 def require_checkpoint(directory: Path, *, tokenizer: bool = True) -> None:
-    """Raise a `UserError` unless a directory holds weights, config and (if wanted) a tokenizer."""
+    """Raise a `UserError` unless a directory holds weights, config and (if wanted) a tokenizer.
+
+    Whether the files are whole is seen where they are read: `tensors.load_file`, and
+    `checkpoint.read_manifest` where a run of ours wrote them.
+    """
     if not directory.is_dir():
         what = "is a file, not a checkpoint directory" if directory.exists() else "does not exist"
         raise UserError(f"checkpoint directory {directory} {what}.{_nearby(directory)}")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from litgpt.args import TrainArgs as LitGPTTrainArgs
 
+from phi_lit.checks import check_quantizer
 from phi_lit.train.args import Sharding, Strategy, TrainArgs
 from phi_lit.train.pretrain import options_are_ours, run_stock
 
@@ -45,6 +46,7 @@ def extended(setup: Callable[..., None]) -> Callable[..., None]:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
+        check_quantizer(arguments.get("quantize"))
         if options_are_ours(arguments) or any(arguments[name] for name in _added(setup)):
             _launch(setup.__module__, arguments)
         else:
@@ -59,11 +61,12 @@ def extended(setup: Callable[..., None]) -> Callable[..., None]:
 
 def _extended_signature(setup: Callable[..., None]) -> inspect.Signature:
     found = inspect.signature(setup)
+    changed: dict[str, dict[str, Any]] = {"train": {"annotation": TrainArgs}}
+    changed["train"]["default"] = _extended_train(found.parameters["train"].default)
+    # any string may be typed: LitGPT's parser answers an unknown quantizer with twelve lines
+    changed["quantize"] = {"annotation": str | None}
     parameters = [
-        each.replace(annotation=TrainArgs, default=_extended_train(each.default))
-        if name == "train"
-        else each
-        for name, each in found.parameters.items()
+        each.replace(**changed.get(name, {})) for name, each in found.parameters.items()
     ]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters += [

@@ -13,7 +13,7 @@ from torch import Tensor
 from phi_lit.errors import UserError
 from phi_lit.train import checkpoint
 from phi_lit.train.args import raise_together
-from phi_lit.train.checkpoint_dir import find_checkpoint_dir
+from phi_lit.train.checkpoint_dir import find_checkpoint_dir, require_checkpoint
 
 _SAMPLE = 1024
 """Numbers of each tensor that enter a digest, from its start and from its end."""
@@ -26,26 +26,10 @@ def faults(directory: Path, option: str) -> list[str]:
         directory: what the user gave.
         option: as what, such as `train.teacher`.
     """
-    if not directory.is_dir():
-        return [f"{option}: there is no directory {directory}"]
-    if (directory / checkpoint.MANIFEST).is_file():
-        try:
-            manifest = checkpoint.read_manifest(directory)
-        except UserError as error:
-            return [f"{option}: {error}"]
-        if manifest["sharded"] and not (directory / checkpoint.MODEL_FILE).is_file():
-            return [
-                f"{option}: {directory} holds shards, not whole tensors; run "
-                f"`phi-lit consolidate {directory}` first"
-            ]
-    needed = (checkpoint.MODEL_FILE, "model_config.yaml")
-    missing = [name for name in needed if not (directory / name).is_file()]
-    if missing:
-        return [
-            f"{option}: {directory} is not a LitGPT checkpoint ({' and '.join(missing)} missing); "
-            "give the directory that a litgpt command saved or converted"
-        ]
     try:
+        require_checkpoint(directory, tokenizer=False)
+        if (directory / checkpoint.MANIFEST).is_file():
+            checkpoint.read_manifest(directory)
         checkpoint.weights_of(directory)
     except UserError as error:
         return [f"{option}: {error}"]

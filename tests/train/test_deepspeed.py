@@ -93,6 +93,19 @@ def test_two_ranks_train_as_one_with_clipping_and_accumulation(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", [ZERO_2, ZERO_3], ids=["zero-2", "zero-3"])
+def test_experts_train_as_in_one_process(
+    tmp_path: Path, on_one: Callable[..., Path], on_two: Callable[..., Path], sharding: dict
+) -> None:
+    weights = {"router_z_loss": 0.01, "balance_bias_rate": 0.001}
+    experts = {"model_name": "phi1-test-moe", "train": {**weights, "max_steps": 6}}
+    one = on_one(tmp_path / "one", PLAIN, experts)
+    two = on_two(tmp_path / "two", PLAIN, experts, sharding)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert_near(two / "latest", one / "latest", 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", [ZERO_2, ZERO_3], ids=["zero-2", "zero-3"])
 def test_bf16_mixed_is_near_one_process(
     tmp_path: Path, on_one: Callable[..., Path], on_two: Callable[..., Path], sharding: dict
 ) -> None:

@@ -389,8 +389,8 @@ def test_teachers_that_do_not_fit_are_refused_in_one_line(
         for file in (tmp_path / "words").iterdir():
             (copy / file.name).write_bytes(file.read_bytes())
 
-    assert "there is no directory" in said(teacher=str(tmp_path / "nowhere"))
-    assert "lit_model.pth missing" in changed("empty", lambda c: (c / "lit_model.pth").unlink())
+    assert "nowhere does not exist" in said(teacher=str(tmp_path / "nowhere"))
+    assert "it lacks lit_model.pth" in changed("empty", lambda c: (c / "lit_model.pth").unlink())
     assert "cut short" in changed("cut", cut)
     text = changed("vocabulary", configure(vocab_size=640, padded_vocab_size=640))
     assert "gives 640 logits, phi1-test 512" in text

@@ -316,6 +316,7 @@ def test_what_cannot_be_is_told_in_one_line(
     assert "tie_embeddings" in text
     assert "LoRA is asked for nowhere" in said("lora", lora_query=False, lora_value=False)
     assert "does not exist" in said("lora", checkpoint_dir=str(tmp_path / "none"))
+    assert "bnb.nf5" in said("lora", quantize="bnb.nf5")
     assert "precision bf16-mixed cannot be" in said(
         "lora", quantize="bnb.nf4", precision="bf16-mixed"
     )
