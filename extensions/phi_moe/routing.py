@@ -30,11 +30,6 @@ class Routing(NamedTuple):
     z_loss: Tensor
     """Mean squared logsumexp of the logits; without weight."""
 
-    @property
-    def dropped(self) -> int:
-        """Tokens that found no room: none, whatever the load."""
-        return 0
-
 
 class Router(nn.Module):
     """One score per expert, in float32 whatever the rest of the model computes in.

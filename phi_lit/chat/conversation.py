@@ -27,18 +27,45 @@ Render = Callable[[Sequence[Message]], str]
 def renderer(checkpoint_dir: Path, style: "PromptStyle") -> Render:
     """Return how a checkpoint writes down a conversation.
 
-    Its own chat template (in tokenizer_config.json or chat_template.jinja) is used unless its
-    prompt style is Default, which leaves text as it is.
+    Its own chat template (in tokenizer_config.json or chat_template.jinja) is used, unless the
+    model was finetuned to another prompt style than the one that it came with.
 
     Raises:
         UserError: the template is broken.
     """
-    from litgpt.prompts import Default
-
-    template = None if type(style) is Default else chat_template(checkpoint_dir)
-    if template is None:
+    template = chat_template(checkpoint_dir)
+    if template is None or was_taught(checkpoint_dir, style):
         return plain_renderer(style)
     return template_renderer(checkpoint_dir, template)
+
+
+def was_taught(checkpoint_dir: Path, style: "PromptStyle") -> bool:
+    """Tell whether a model was finetuned to a prompt style that its chat template doesn't write.
+
+    Default, which leaves text as it is, is always meant: a base model comes with none.
+    """
+    from litgpt.config import Config
+    from litgpt.prompts import Default, PromptStyle, has_prompt_style
+
+    if type(style) is Default:
+        return True
+    if not has_prompt_style(checkpoint_dir):
+        return False
+    came_with = PromptStyle.from_config(Config.from_file(checkpoint_dir / "model_config.yaml"))
+    template = chat_template(checkpoint_dir)
+    if template is None or type(style) is type(came_with):
+        return False
+    system, question = ({"role": r, "content": r * 3} for r in ("system", "user"))
+    render = template_renderer(checkpoint_dir, template)
+    try:
+        with_system = (
+            render([system, question]),
+            style.apply("useruseruser", sys_prompt="system" * 3),
+        )
+        alone = render([question]), style.apply("useruseruser")
+    except UserError:  # it refuses a system message, or anything: whoever uses it will be told
+        return False
+    return with_system[0].strip() != with_system[1].strip() and alone[1].strip() not in alone[0]
 
 
 def chat_template(checkpoint_dir: Path) -> str | None:
@@ -124,7 +151,13 @@ def _content(token: Any) -> str:
 
 
 def plain_renderer(style: "PromptStyle") -> Render:
-    """Return a renderer that writes each turn in LitGPT's style, one after the other."""
+    """Return a renderer that writes each turn in LitGPT's style, one after the other.
+
+    Every question is put as LitGPT puts it, with the system message where the style has a place.
+
+    Raises:
+        UserError (when rendering): there is a system message, and the style has no place for it.
+    """
 
     def render(messages: Sequence[Message]) -> str:
         system = "\n".join(m["content"] for m in messages if m["role"] == "system") or None
@@ -133,8 +166,13 @@ def plain_renderer(style: "PromptStyle") -> Render:
             if message["role"] == "assistant":
                 text += f"{message['content']}\n"
             elif message["role"] != "system":
-                text += style.apply(message["content"], sys_prompt=system)
-                system = None
+                asked = style.apply(message["content"], sys_prompt=system)
+                if system and system not in asked:
+                    raise UserError(
+                        f"this model's prompt style {type(style).__name__} has no place for a "
+                        "system message; leave it out"
+                    )
+                text += asked
         return text
 
     return render
@@ -191,6 +229,8 @@ class Conversation:
         self.turns: list[Message] = []
         self._render, self._encode, self._context = render, encode, context
         self._system = [{"role": "system", "content": sys_prompt}] if sys_prompt else []
+        if self._system:
+            render([*self._system, {"role": "user", "content": "a"}])  # or refuse it at once
 
     def ask(self, question: str, max_new_tokens: int) -> tuple[list[int], int]:
         """Add a question; return the prompt's ids and how many of the oldest turns were dropped.

@@ -33,6 +33,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0),
     "frequency_penalty": (None, 0),
     "audio": (None,),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "reasoning_effort": (None, "none"),
 }
 """Fields that are refused, with the values that ask for nothing."""
 
@@ -48,11 +51,11 @@ class ChatMessage(BaseModel):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
 
     def plain(self) -> dict[str, str]:
         """Return it as chat templates want it."""
-        content = self.content
+        content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -76,7 +79,7 @@ class ChatRequest(BaseModel, extra="allow"):
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    seed: int | None = None
+    seed: Annotated[int | None, Field(ge=-(2**62), le=2**62)] = None
 
     def stops(self) -> tuple[str, ...]:
         """Return the stop strings."""
@@ -147,8 +150,11 @@ def prepare(engine: Engine, body: ChatRequest, default: Wish) -> tuple[list[int]
     if messages[-1]["role"] != "user":
         raise Refused(400, "The last message must be the user's.", param="messages")
     for message in messages:
-        if fault := fault_of_text(message["content"], f"a message of the {message['role']}"):
+        # A reply may have been empty, and a system message may be; a question may not.
+        text = message["content"] or ("" if message["role"] == "user" else "nothing")
+        if fault := fault_of_text(text, f"a message of the {message['role']}"):
             raise Refused(400, f"{fault}.", param="messages")
+    messages = [m for m in messages if m["role"] != "system" or m["content"]]
     try:
         prompt = engine.encode(engine.render(messages))
     except UserError as error:

@@ -81,6 +81,11 @@ def run_server(
 
     directory = auto_download_checkpoint(model_name=checkpoint_dir, access_token=access_token)
     if devices > 1 or generate_strategy is not None:
+        if openai_spec:
+            raise UserError(
+                "--openai_spec serves from one device: spread over several, LitServe would answer, "
+                "which counts no usage and ignores stop strings; leave one of the two out"
+            )
         given = dict(quantize=quantize, precision=precision, temperature=temperature, top_k=top_k)
         given |= dict(top_p=top_p, max_new_tokens=max_new_tokens, devices=devices)
         given |= dict(api_path=api_path, generate_strategy=generate_strategy)
@@ -236,7 +241,10 @@ def _serve_spread(
     host: str,
     port: int,
 ) -> None:
-    """Serve a model that is spread over several GPUs as LitGPT does, but on `host` only."""
+    """Serve a model that is spread over several GPUs as LitGPT does, but on `host` only.
+
+    Through LitServe: a client that hangs up goes on being answered.
+    """
     import litgpt.deploy.serve as stocks
 
     kind = stocks.StreamLitAPI if stream else stocks.SimpleLitAPI

@@ -288,8 +288,9 @@ class _Making:
         """Yield every example with the hash of its text, and report on the sources."""
         for source in self.sources:
             for number in range(math.ceil(source.weight)):
-                count = 0
+                count = doctests = 0
                 for example in source.examples():
+                    doctests += example.has_doctest
                     text = "\0".join([example.system, example.prompt, example.answer]).encode()
                     digest = hashlib.blake2b(text, digest_size=32).digest()
                     self.hash.update(digest)
@@ -304,6 +305,7 @@ class _Making:
                     "licence": source.licence,
                     "commit": source.commit,
                     "examples": count,
+                    "with_doctest": doctests,
                     "skipped": source.skipped.report(),
                 }
             )

@@ -25,6 +25,8 @@ class Example(NamedTuple):
     answer: str
     system: str = ""
     """A message to the model before the question; none if empty."""
+    has_doctest: bool = False
+    """Whether the question shows calls with their results, by which an answer can be checked."""
 
 
 class Columns(NamedTuple):
@@ -202,7 +204,7 @@ class ExampleSource(Source):
         for identity, example in self._found():
             if isinstance(example, str):
                 self.skipped.add(example, identity)
-            elif not all(map(is_unicode, example)):
+            elif not all(is_unicode(part) for part in example if isinstance(part, str)):
                 self.skipped.add("not Unicode text", identity)
             else:
                 yield example
@@ -218,7 +220,10 @@ class ExampleSource(Source):
         """Yield a name and the example of everything here, or why it is none."""
         if self.stdlib:
             for one in documented.exercises(self.skipped):
-                yield one.id, Example(one.id, one.problem, one.solution)
+                yield (
+                    one.id,
+                    Example(one.id, one.problem, one.solution, has_doctest=one.has_doctest),
+                )
         rows = self.rows
         assert isinstance(rows, ExampleRows)
         for identity, row in self._rows(self.skipped):

@@ -40,7 +40,9 @@ def pad(tokenizer_dir: Path, out_dir: Path | None = None, token: str = PADDING) 
     out_dir = out_dir or tokenizer_dir
     files, number = with_padding(tokenizer_dir, token)
     for source in sorted(tokenizer_dir.glob("*")):
-        if source.name in ("tokenizer_config.json", "generation_config.json"):
+        if source.name in (
+            "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
+        ):  # fmt: skip
             files.setdefault(source.name, source.read_text(encoding="utf-8"))
     for name, content in files.items():
         write_atomic(out_dir / name, content)

@@ -70,6 +70,8 @@ class ExampleDataset(Dataset):  # type: ignore[misc]
         learnt = targets > 0
         self.counts["left without a target"] = int((~learnt).sum())
         self._starts, self._masked = starts[learnt], masked[learnt]
+        number = np.searchsorted(store.starts, self._starts, side="right") - 1
+        self._asked = store.lengths[number, 0]
         self.lengths: np.ndarray = lengths[learnt]
         """Ids of every item (int64)."""
         self.n_targets = int(targets[learnt].sum())
@@ -89,6 +91,10 @@ class ExampleDataset(Dataset):  # type: ignore[misc]
             "labels": labels,
             "token_counts": {"raw": length, "raw_plus_prompt_template": length},
         }
+
+    def question(self, item: int) -> torch.Tensor:
+        """Return the ids of the question that an item begins with (T,), int64."""
+        return torch.from_numpy(self._store.read(int(self._starts[item]), int(self._asked[item])))
 
 
 def _split(
@@ -264,6 +270,10 @@ class Supervised(DataModule):
                 pad_id=padding_id(self._tokenizer) or 0, ignore_index=IGNORE
             ),
         )
+
+    def question(self) -> torch.Tensor:
+        """Return the ids of the first held-out question (T,), int64, its prompt style included."""
+        return self.test_dataset.question(0)
 
     @property
     def vocab_size(self) -> int:

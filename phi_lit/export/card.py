@@ -140,7 +140,7 @@ def _recipe(facts: Facts) -> Iterator[str]:
         base = facts.recipe.get("checkpoint_dir", "CHECKPOINT")
         command = f"litgpt {facts.command} {base} --config {HYPERPARAMETERS}"
     if facts.command is not None:
-        yield f"To train it again:\n\n```\npip install phi-lit=={__version__}\n{command}\n```\n"
+        yield f"To train it again, with phi_lit {__version__} installed:\n\n```\n{command}\n```\n"
 
 
 def _only_set(value: dict) -> dict:

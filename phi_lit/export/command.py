@@ -224,11 +224,17 @@ def _write_words(
     partial: Path,
 ) -> None:  # fmt: skip
     """Write what is for people and for LitGPT: card, recipe, LitGPT's files, export.json."""
+    from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
+
+    from phi_lit.chat.conversation import was_taught
     from phi_lit.export.card import Subject, model_card, prompt_form
     from phi_lit.export.facts import HYPERPARAMETERS, gather
     from phi_lit.export.tokenizer import has_chat_template
 
-    facts = gather(request.checkpoint_dir)
+    source = request.checkpoint_dir
+    facts = gather(source)
+    styled = has_prompt_style(source)
+    style = load_prompt_style(source) if styled else PromptStyle.from_config(config)
     subject = Subject(
         name=request.name,
         config=config,
@@ -236,8 +242,8 @@ def _write_words(
         parameters=sum(tensor.numel() for tensor in layout.tensors.values()),
         dtype=str(hub_config.dtype).removeprefix("torch."),
         licence=request.licence,
-        prompt=prompt_form(request.checkpoint_dir),
-        has_chat_template=has_chat_template(partial),
+        prompt=prompt_form(source),
+        has_chat_template=has_chat_template(partial) and not was_taught(source, style),
         difference=difference,
     )
     (partial / "README.md").write_text(model_card(subject, facts), encoding="utf-8")

@@ -86,7 +86,7 @@ def build(job: Job, machine: Machine, fabric: Fabric, out_dir: Path) -> Run:
     )  # fmt: skip
     return Run(
         fabric=fabric, module=module, optimizers=optimizers, peaks=peaks, feed=feed,
-        held_out=held_out(job), course=course, train=job.train, place=place,
+        held_out=held_out(job, fabric), course=course, train=job.train, place=place,
         monitor=monitor, out_dir=out_dir, seed=job.arguments["seed"], identity=identity,
         write_side_files=side_files(job), weights_file=weights_file(job),
         uniform_loss=teachers.loss_of_a_guess(job, math.log(job.config.padded_vocab_size or 2)),

@@ -346,6 +346,9 @@ def prune(out_dir: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` checkpoints and those that a link points at."""
     for leftover in out_dir.glob(f".step-*{PARTIAL}removed"):  # of a run killed while pruning
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in out_dir.glob(f".*{PARTIAL}*"):  # of one killed while linking
+        if leftover.is_symlink():
+            leftover.unlink()
     kept = {
         (out_dir / os.readlink(path)).name
         for path in out_dir.iterdir()

@@ -15,8 +15,9 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
     "generation_config.json",
+    "chat_template.jinja",
 )
-"""What LitGPT reads a tokenizer from, of which a checkpoint has some."""
+"""What LitGPT reads a tokenizer from, and its chat template, of which a checkpoint has some."""
 
 
 def find_checkpoint_dir(named: Path, access_token: str | None = None) -> Path:

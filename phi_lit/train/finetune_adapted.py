@@ -65,9 +65,7 @@ def _extended_signature(setup: Callable[..., None]) -> inspect.Signature:
     changed["train"]["default"] = _extended_train(found.parameters["train"].default)
     # any string may be typed: LitGPT's parser answers an unknown quantizer with twelve lines
     changed["quantize"] = {"annotation": str | None}
-    parameters = [
-        each.replace(**changed.get(name, {})) for name, each in found.parameters.items()
-    ]
+    parameters = [each.replace(**changed.get(name, {})) for name, each in found.parameters.items()]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters += [
         inspect.Parameter(name, kind, annotation=annotation, default=default)

@@ -3,13 +3,16 @@
 Also what the loop validates on. What a feed is and how it keeps its place is told in `feed.py`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
+import torch
 from lightning import Fabric
 
+from phi_lit.data.rows import RowLoader
 from phi_lit.errors import UserError
-from phi_lit.train.feed import Batch, Feed, held_out_batches, is_stream, make_feed
+from phi_lit.train.feed import IGNORE, Batch, Feed, held_out_batches, is_stream, make_feed
 from phi_lit.train.job import Job
 from phi_lit.train.packed import PackedFeed
 
@@ -49,9 +52,28 @@ def make_job_feed(job: Job, fabric: Fabric, micro_batch: int, planned: Feed | No
     return feed
 
 
-def held_out(job: Job) -> Callable[[], Iterable[Batch]]:
-    """Return what makes one pass over the validation batches."""
-    return lambda: held_out_batches(job.data.val_dataloader(), begin_id(job))
+def held_out(job: Job, fabric: Fabric) -> Callable[[], Iterable[Batch]]:
+    """Return what makes one pass over this rank's validation batches, as many on every rank."""
+
+    def batches() -> Iterable[Batch]:
+        loader = job.data.val_dataloader()
+        found = held_out_batches(loader, begin_id(job))
+        if isinstance(loader, RowLoader) or is_stream(loader):  # which know the ranks themselves
+            return found
+        return deal(found, fabric.global_rank, fabric.world_size)
+
+    return batches
+
+
+def deal(batches: Iterator[Batch], rank: int, world: int) -> Iterator[Batch]:
+    """Yield every `world`-th batch; in the last round, ranks that get none have one without
+    targets."""
+    while taken := list(islice(batches, world)):
+        if rank < len(taken):
+            yield taken[rank]
+        else:
+            last = taken[-1]
+            yield last._replace(targets=torch.full_like(last.targets, IGNORE))
 
 
 def begin_id(job: Job) -> int | None:

@@ -120,8 +120,11 @@ def check(job: Job, machine: Machine) -> None:
     )
     faults += _batch_faults(train, machine.world)
     faults += expert_faults(train, job.config)
-    if arguments["resume"] and arguments.get("initial_checkpoint_dir"):
-        faults.append("resume and initial_checkpoint_dir are both given; choose one")
+    if arguments["resume"] not in (False, "auto") and arguments.get("initial_checkpoint_dir"):
+        faults.append(
+            "resume and initial_checkpoint_dir are both given; choose one, or resume: auto, which "
+            "takes the first weights from initial_checkpoint_dir where no checkpoint is there yet"
+        )
     length = train.max_seq_length
     if length is not None and not 1 <= length <= job.config.block_size:
         faults.append(

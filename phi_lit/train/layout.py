@@ -131,7 +131,7 @@ def _teacher_bytes(job: "Job", machine: "Machine") -> float:
         return 0.0
     from phi_lit.train.teacher import bytes_of
 
-    return bytes_of(job, machine)
+    return bytes_of(job.train, machine.precision, machine.world)
 
 
 def resolve_strategy(

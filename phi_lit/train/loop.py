@@ -93,6 +93,7 @@ def fit(run: Run) -> None:
     """
     started = time.monotonic()
     saved_at = run.place.step if run.place.step else None
+    _point_again(run)
     with stop_signals() as asked:
         while run.place.step < run.course.steps:
             out_of_time = run.train.max_time is not None and (
@@ -240,9 +241,11 @@ def _handle_bad(run: Run, loss: float, norm: float) -> None:
         run.monitor.say(f"{what}: step skipped ({run.place.skipped} so far)")
         return
     finish_saving(run)
+    # Where the loss is bad, so are the weights that gave it, and a checkpoint of this very moment.
+    last = run.place.step - (not (math.isfinite(loss) and loss <= EXPLODED * run.uniform_loss))
     steps = checkpoint.step_dirs(run.out_dir)
-    good = next((path for step, path in steps if step <= run.place.step), None)
-    where = f"the last good checkpoint is {good}" if good else "no checkpoint was saved yet"
+    good = next((path for step, path in steps if step <= last), None)
+    where = f"the last good checkpoint is {good}" if good else "no checkpoint was saved before that"
     raise UserError(
         f"{what}: training has diverged; {where}. Lower the learning rate, lengthen the warm-up, "
         "or set train.on_nonfinite: skip"
@@ -278,10 +281,13 @@ def validate(run: Run) -> float:
     run.module.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)
     for number, batch in enumerate(run.held_out()):
-        if number * fabric.world_size >= run.course.validate_batches:
-            break  # the same rows on any number of ranks
-        count = batch.n_targets
-        # Even a batch without a target runs: the other ranks' shards are gathered in the forward.
+        first = number * fabric.world_size
+        if first >= run.course.validate_batches:
+            break
+        # The same rows count on any number of ranks. Even a batch that doesn't, or has no target,
+        # runs: the other ranks' shards are gathered in the forward.
+        counts = first + fabric.global_rank < run.course.validate_batches
+        count = batch.n_targets if counts else 0
         inputs, targets, documents = fabric.to_device(batch)
         loss = run.module(inputs, targets, None, documents)
         sums += torch.stack([loss.double() * count, loss.new_tensor(count).double()])
@@ -345,6 +351,14 @@ def _point(run: Run, directory: Path, place: Place) -> None:
         checkpoint.link(run.out_dir, name, directory)
     if run.train.keep_last is not None:
         checkpoint.prune(run.out_dir, run.train.keep_last)
+
+
+def _point_again(run: Run) -> None:
+    """Link the checkpoint that this session goes on from: the last one may have been killed
+    between its save and its links."""
+    directory = run.out_dir / f"step-{run.place.step:08d}"
+    is_ours = run.fabric.global_rank == 0 and checkpoint.is_whole(directory)
+    together(run.fabric, (lambda: _point(run, directory, run.place)) if is_ours else None)
 
 
 def finish_saving(run: Run) -> None:

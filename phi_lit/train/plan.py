@@ -181,6 +181,8 @@ def predict_run(
     Raises:
         UserError: an unknown GPU, a batch that cannot be divided, or no end of the run.
     """
+    from phi_lit.train.teacher import bytes_of, flops_of
+
     on_cpu = gpu.lower() == "cpu"
     count = (1 if on_cpu else 8) if devices == "auto" else int(devices)
     card, peak = _measured_cpu(precision) if on_cpu else _listed(gpu, precision)
@@ -204,6 +206,7 @@ def predict_run(
         ranks=ranks,
         cpu_offload=cpu_offload,
         tie_embeddings=bool(train.tie_embeddings),
+        teacher_bytes=bytes_of(train, precision, count * num_nodes),
         device="cpu" if on_cpu else "cuda",
     )
     memory_of_gpu = card.memory_gib * 2**30
@@ -216,7 +219,7 @@ def predict_run(
     per_step = train.global_batch_size * length
     share, source = _choose_mfu(mfu, gpu, layout)
     flops = flops_per_token_6n_12ldt(config, length, tie_embeddings=bool(train.tie_embeddings))
-    speed = share * peak / flops
+    speed = share * peak / (flops + flops_of(train, length))
     world = count * num_nodes
 
     def hours(n_steps: int) -> float:

@@ -16,10 +16,10 @@ from torch import Tensor
 from phi_lit.data.tokenizer import load_tokenizer
 from phi_lit.errors import UserError
 from phi_lit.train import checkpoint, foreign
-from phi_lit.train.args import masks_documents
+from phi_lit.train.args import TrainArgs, masks_documents
 from phi_lit.train.distillation import TeacherHead
 from phi_lit.train.documents import apply_document_mask
-from phi_lit.train.flops import count_parameters
+from phi_lit.train.flops import count_parameters, flops_per_token_6n_12ldt
 from phi_lit.train.model import hidden_states, let_head_step_aside, plain_head
 from phi_lit.train.strategy import shard_blocks
 
@@ -93,16 +93,16 @@ def open_teacher(job: "Job", machine: "Machine") -> Teacher | None:
     cosine, sine = gpt.cos, gpt.sin
     if masks_documents(job.train):
         apply_document_mask(gpt)
-    gpt.to(DTYPES[precision_of(job, machine)])
+    gpt.to(DTYPES[precision_of(job.train, machine.precision)])
     gpt.cos, gpt.sin = cosine, sine
     return Teacher(gpt, share=share_of(job), temperature=temperature_of(job))
 
 
-def precision_of(job: "Job", machine: "Machine") -> str:
+def precision_of(train: TrainArgs, precision: str) -> str:
     """Return the teacher's number format: as asked, or that of the run's matrix products."""
-    if job.train.teacher_precision is not None:
-        return job.train.teacher_precision
-    return f"{machine.precision.partition('-')[0]}-true"
+    if train.teacher_precision is not None:
+        return train.teacher_precision
+    return f"{precision.partition('-')[0]}-true"
 
 
 def share_of(job: "Job") -> float:
@@ -116,13 +116,28 @@ def temperature_of(job: "Job") -> float:
     return TEMPERATURE if given is None else given
 
 
-def bytes_of(job: "Job", machine: "Machine") -> float:
+def bytes_of(train: TrainArgs, precision: str, world: int) -> float:
     """Return what the teacher's weights take on each device."""
-    if job.train.teacher is None:
+    if train.teacher is None:
         return 0.0
-    config = Config.from_file(job.train.teacher / "model_config.yaml")
-    size = count_parameters(config).total * DTYPES[precision_of(job, machine)].itemsize
-    return size / machine.world if job.train.teacher_sharded else size
+    itemsize = DTYPES[precision_of(train, precision)].itemsize
+    size = count_parameters(_config_of(train)).total * itemsize
+    return size / world if train.teacher_sharded else size
+
+
+def flops_of(train: TrainArgs, length: int) -> float:
+    """Return what the teacher's forward pass adds to the work for a token: a third of training."""
+    if train.teacher is None:
+        return 0.0
+    return flops_per_token_6n_12ldt(_config_of(train), length) / 3
+
+
+def _config_of(train: TrainArgs) -> Config:
+    assert train.teacher is not None
+    path = Path(train.teacher) / "model_config.yaml"
+    if not path.is_file():
+        raise UserError(f"train.teacher: there is no {path}")
+    return Config.from_file(path)
 
 
 def identity_of(job: "Job") -> dict[str, Any] | None:

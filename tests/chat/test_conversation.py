@@ -85,6 +85,29 @@ def conversation(context: int, system: str | None = None) -> Conversation:
     )
 
 
+def test_a_model_that_was_taught_another_style_is_asked_in_that(tmp_path, smollm2):
+    """Its tokenizer still carries the template of the model that it was finetuned from."""
+    from litgpt.prompts import FreeWilly2, SmolLM2, save_prompt_style
+
+    shutil.copytree(smollm2, tmp_path / "model", ignore=shutil.ignore_patterns("*.pth"))
+    save_prompt_style(SmolLM2(), tmp_path / "model")
+    assert renderer(tmp_path / "model", SmolLM2())(TURNS).count("<|im_start|>") == 5
+    save_prompt_style(FreeWilly2(), tmp_path / "model")
+    render = renderer(tmp_path / "model", FreeWilly2())
+    system = {"role": "system", "content": "Be brief."}
+    text = render([system, *TURNS])
+    assert "<|im_start|>" not in text
+    assert text.count("### User:") == text.count("### System:\nBe brief.") == 2
+
+
+def test_a_system_message_without_a_place_is_refused_at_once():
+    from litgpt.prompts import Default
+
+    render = plain_renderer(Default())
+    with pytest.raises(UserError, match="Default has no place for a system message"):
+        Conversation(render, lambda text: list(text.encode()), 60, sys_prompt="Be brief.")
+
+
 def test_what_outgrows_the_context_is_dropped_from_its_start():
     talk = conversation(context=60)
     for number in range(4):

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -113,6 +114,32 @@ def test_the_answer_is_litgpts_and_the_usage_is_counted(served, expected):
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_a_model_with_experts_is_served(chatml_dir, tmp_path, greedy):
+    import torch
+    from litgpt import GPT, Config
+    from litgpt.prompts import ChatML
+    from litgpt.tokenizer import Tokenizer
+    from litgpt.utils import save_config
+
+    directory = tmp_path / "phi1-test-moe"
+    shutil.copytree(chatml_dir, directory)
+    config = Config.from_name("phi1-test-moe", block_size=2048)
+    torch.manual_seed(0)
+    torch.save(GPT(config).state_dict(), directory / "lit_model.pth")
+    save_config(config, directory)
+    tokenizer = Tokenizer(directory)
+    ids = tokenizer.encode(ChatML().apply("Hello you")).tolist()
+    new = greedy(directory, ids, 12, tokenizer.eos_id)
+    engine = load_engine(
+        directory, quantize=None, precision="32-true", accelerator="cpu", timeout=60
+    )
+    with serving(engine) as served:
+        done = ask(served, model="phi1-test-moe", max_tokens=12)
+    engine.close()
+    assert done.choices[0].message.content == tokenizer.processor.decode(new)
+    assert done.usage.prompt_tokens == len(ids)
+
+
 def test_the_length_that_is_asked_for_is_kept(served, expected, name):
     done = ask(served, **{name: 7})
     assert done.choices[0].message.content == expected("Hello you", 7)[0]
@@ -178,6 +205,20 @@ def test_a_conversation_with_a_system_prompt_and_parts(served):
         "<|im_start|>assistant\n"
     )
     assert ask(served, talk).usage.prompt_tokens == len(served.engine.encode(plain))
+
+
+def test_an_empty_reply_can_be_part_of_the_conversation(served):
+    answer = served.client.chat.completions.create(
+        model="phi1-test",
+        max_tokens=2,
+        messages=[
+            {"role": "system", "content": ""},
+            *HELLO,
+            {"role": "assistant", "content": ""},
+            {"role": "user", "content": "Say something"},
+        ],
+    )
+    assert answer.usage.completion_tokens == 2
 
 
 def test_models_are_listed_and_an_unknown_one_is_not_found(served):

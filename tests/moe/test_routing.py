@@ -129,7 +129,6 @@ def test_figures_of_a_pass():
     assert 0 < entropy <= math.log(4)
     assert balance > 0
     assert z > 0
-    assert moe.routing.dropped == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from ranks import train_on_ranks
-from runs import assert_same_to_the_bit, losses, quiet_environment
+from runs import assert_same_to_the_bit, losses, quiet_environment, rows
 
 LITGPT = str(Path(sys.executable).with_name("litgpt"))
 NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
@@ -59,15 +59,23 @@ def test_the_command_starts_its_processes_itself(
 def test_two_ranks_train_as_one(
     tmp_path: Path, train: Callable[..., Path], launch: Callable[..., Path], strategy: str
 ) -> None:
-    one = train(tmp_path / "one", optimizer=SGD, train={**NO_DROPOUT, "micro_batch_size": 2})
+    held_out = {"interval": 6, "max_iters": 3}  # two batches on one rank, one on the other
+    one = train(
+        tmp_path / "one", optimizer=SGD, eval=held_out,
+        train={**NO_DROPOUT, "micro_batch_size": 2},
+    )  # fmt: skip
     two = launch(
         tmp_path / "two",
         strategy=strategy,
         devices=2,
         optimizer=SGD,
+        eval=held_out,
         train={**NO_DROPOUT, "micro_batch_size": 2, "activation_checkpointing": "full"},
     )
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    val = [[row["val_loss"] for row in rows(each) if "val_loss" in row] for each in (one, two)]
+    assert len(val[0]) == 2
+    assert val[1] == pytest.approx(val[0], abs=1e-5)
     assert_close(two, one, tolerance=2e-5)
 
 

@@ -125,6 +125,37 @@ def test_few_parameters_learn_the_answers_and_the_rest_stays(
     assert moved
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("pack", [False, True], ids=["padded", "packed"])
+def test_a_student_that_is_its_own_teacher_has_nothing_to_learn_from_it(
+    tmp_path: Path, finetune: Callable[..., Path], base: Path, method: str, pack: bool
+) -> None:
+    teacher = {"teacher": str(base), "distill_weight": 1.0, "distill_temperature": 2.0}
+    out = finetune(method, tmp_path / "out", train={**teacher, "pack": pack, "max_steps": 4})
+    assert losses(out)[0] == pytest.approx(0.0, abs=1e-5)  # the divergence from itself
+    other = finetune(method, tmp_path / "other", train={"pack": pack, "max_steps": 4})
+    assert losses(other)[0] > 1.0
+
+
+def test_our_examples_show_a_question_as_they_train(
+    tmp_path: Path,
+    finetune: Callable[..., Path],
+    examples: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = {
+        "class_path": "Instruct",
+        "init_args": {
+            "sources": str(examples), "data_dir": str(tmp_path / "data"), "val_fraction": 0.2,
+            "prompt_style": "alpaca",
+        },
+    }  # fmt: skip
+    finetune("lora", tmp_path / "out", data=data)
+    told = capsys.readouterr().err
+    assert "--- sample after step 6" in told
+    assert "### Instruction:\nsay " in told
+
+
 def test_the_adapters_prefix_trains(tmp_path: Path, finetune: Callable[..., Path]) -> None:
     """LitGPT keeps the first prefix's keys and values for good: its prefix never moves."""
     out = finetune("adapter", tmp_path / "out")

@@ -52,6 +52,8 @@ def test_every_contestant_runs_and_is_in_the_table(gpu, tmp_path, one_thread):
 
 def test_all_sides_compute_the_same_loss(gpu, one_thread):
     from lightning import Fabric
+    from litgpt.model import GPT
+    from litgpt.scripts.convert_lit_checkpoint import copy_weights_phi
     from one_gpu.cases import Case
     from one_gpu.sides import BUILDERS
 
@@ -59,16 +61,24 @@ def test_all_sides_compute_the_same_loss(gpu, one_thread):
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     ids = torch.randint(0, 500, (2, 65), generator=torch.Generator().manual_seed(0))
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    torch.manual_seed(0)
+    weights = {name: torch.randn(p.shape) / 8 for name, p in GPT(config).named_parameters()}
+    theirs: dict = {}
+    copy_weights_phi(config, theirs, dict(weights))
     losses = {}
     for side, build in BUILDERS.items():
-        torch.manual_seed(0)
         case = Case(side, "phi1-test", "32-true", compile=False)
         loss_of, module = build(case, config, fabric)
-        with torch.no_grad():  # a uniform guess, whatever the parameters' names
-            for parameter in module.parameters():
-                parameter.zero_()
+        own = theirs if side == "transformers" else weights
+        parameters = dict(module.named_parameters())
+        assert len(parameters) == len(own)
+        with torch.no_grad():
+            for name, value in own.items():  # the wrappers put something before a name
+                [parameter] = [p for key, p in parameters.items() if key.endswith(name)]
+                parameter.copy_(value)
         losses[side] = loss_of(inputs, targets).item()
-    assert losses == pytest.approx(dict.fromkeys(BUILDERS, torch.tensor(512.0).log().item()))
+    assert losses["ours"] > 7.0  # not the loss of a uniform guess, ln 512
+    assert losses == pytest.approx(dict.fromkeys(BUILDERS, losses["ours"]), rel=1e-5)
 
 
 def test_a_second_run_measures_only_what_is_missing(gpu, tmp_path, one_thread, capsys):

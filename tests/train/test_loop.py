@@ -166,8 +166,13 @@ def test_a_diverging_run_stops_and_names_the_last_good_checkpoint(
         train(tmp_path / "run", optimizer=wild, train={"save_interval": 1, "max_norm": None})
     named = re.search(r"checkpoint is (\S+);|checkpoint is (\S+)\.", str(stopped.value))
     assert named is not None
-    good = tensors(tmp_path / "run" / Path(next(filter(None, named.groups()))).name.rstrip("."))
-    assert all(value.isfinite().all() for value in good.values() if isinstance(value, torch.Tensor))
+    good = tmp_path / "run" / Path(next(filter(None, named.groups()))).name.rstrip(".")
+    values = [value for value in tensors(good).values() if isinstance(value, torch.Tensor)]
+    assert all(value.isfinite().all() for value in values)
+    # the checkpoint of the moment that gave the bad loss is there, and is not the one that is named
+    bad = int(re.match(r"step (\d+):", str(stopped.value))[1]) - 1  # type: ignore[index]
+    assert (tmp_path / "run" / f"step-{bad:08d}").is_dir()
+    assert good.name < f"step-{bad:08d}"
 
 
 def test_skipped_steps_are_counted_and_leave_the_weights_finite(
@@ -178,6 +183,38 @@ def test_skipped_steps_are_counted_and_leave_the_weights_finite(
     assert "step skipped" in capsys.readouterr().err
     assert tensors(out / "latest")["training_state.pth.skipped"] > 0
     assert all(value.isfinite().all() for value in weights(out).values())
+
+
+def test_links_that_a_kill_prevented_are_made_by_the_next_session(
+    tmp_path: Path, train: Train
+) -> None:
+    """As after a SIGKILL between a save's rename and its links, and in the middle of linking."""
+    more = {"name_steps": {8: "base"}, "keep_best": True, "keep_last": 1}
+    half = {**more, "max_steps": 8, "lr_total_steps": 12}
+    out = train(tmp_path / "run", train=half)
+    assert (out / "best").resolve().name == "step-00000008"
+    for name in ("latest", "best", "base"):
+        (out / name).unlink()
+    os.symlink("step-00000004", out / ".latest.partial-1")
+    train(out, resume="auto", train={**more, "lr_total_steps": 12})
+    assert (out / "base").resolve().name == "step-00000008"
+    assert (out / "latest").resolve().name == "step-00000012"
+    assert (out / "best").is_dir()
+    assert not list(out.glob(".*partial*"))
+
+
+def test_resume_auto_takes_first_weights_where_nothing_is_saved_yet(
+    tmp_path: Path, train: Train
+) -> None:
+    first = str(train(tmp_path / "first") / "final")
+    given = {"initial_checkpoint_dir": first, "resume": "auto"}
+    whole = train(tmp_path / "whole", initial_checkpoint_dir=first)
+    half = {"max_steps": 8, "lr_total_steps": 12}
+    train(tmp_path / "again", **given, train=half)
+    again = train(tmp_path / "again", **given, train={"lr_total_steps": 12})
+    assert_same_to_the_bit(again / "latest", whole / "latest")
+    with pytest.raises(UserError, match="both given"):
+        train(tmp_path / "again", initial_checkpoint_dir=first, resume=True)
 
 
 def test_initial_checkpoint_gives_the_first_weights(tmp_path: Path, train: Train) -> None:
