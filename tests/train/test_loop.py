@@ -1,5 +1,6 @@
 """The loop: accumulation, compilation, stopping, what is kept, and what it says of bad input."""
 
+import itertools
 import json
 import math
 import os
@@ -183,6 +184,32 @@ def test_skipped_steps_are_counted_and_leave_the_weights_finite(
     assert "step skipped" in capsys.readouterr().err
     assert tensors(out / "latest")["training_state.pth.skipped"] > 0
     assert all(value.isfinite().all() for value in weights(out).values())
+
+
+def test_a_loss_scale_is_lowered_saved_and_taken_up(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under 16-mixed on a GPU, with Fabric's own plugin on the CPU, where the loop refuses it."""
+    from lightning import Fabric
+    from lightning.fabric.plugins import MixedPrecision
+
+    def scaled(**options: Any) -> Fabric:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+        return Fabric(**{**options, "precision": None, "plugins": plugin})
+
+    monkeypatch.setattr("phi_lit.train.launch.Fabric", scaled)
+    whole = train(tmp_path / "whole")
+    steps = [row for row in rows(whole) if "loss_scale" in row]
+    assert steps[0]["loss_scale"] == 2.0**21  # the first gradients overflowed
+    assert steps[-1]["skipped"] > 0
+    scales = [row["loss_scale"] for row in steps]
+    assert any(after > before for before, after in itertools.pairwise(scales))  # and it grew again
+    assert all(value.isfinite().all() for value in weights(whole).values())
+    half = train(tmp_path / "half", train={"max_steps": 8, "lr_total_steps": 12})
+    train(half, resume="auto", train={"lr_total_steps": 12})
+    assert [row["loss_scale"] for row in rows(half) if "loss_scale" in row] == scales
+    assert_same_to_the_bit(half / "latest", whole / "latest")
 
 
 def test_links_that_a_kill_prevented_are_made_by_the_next_session(
