@@ -189,7 +189,7 @@ def test_skipped_steps_are_counted_and_leave_the_weights_finite(
 def test_a_loss_scale_is_lowered_saved_and_taken_up(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As under 16-mixed on a GPU, with Fabric's own plugin on the CPU, where the loop refuses it."""
+    """As under 16-mixed on a GPU, by Fabric's own plugin on a CPU, where the loop refuses it."""
     from lightning import Fabric
     from lightning.fabric.plugins import MixedPrecision
 
