@@ -206,9 +206,11 @@ def place_model(job: Job, fabric: Fabric, model: LossModel) -> tuple[torch.nn.Mo
     """Put the model where it trains and make its optimizers; returns both in Fabric's wrappers."""
     cosine, sine = model.gpt.cos, model.gpt.sin
 
+    scaled = getattr(fabric._precision, "scaler", None) is not None
+
     def optimizers() -> list[Optimizer]:
         wanted, decay_on = job.arguments["optimizer"], job.train.weight_decay_on or "all"
-        return build_optimizer(model, wanted, decay_on)
+        return build_optimizer(model, wanted, decay_on, scaled=scaled)
 
     if isinstance(fabric.strategy, ZeroStrategy):  # shards the two together
         module, *placed = fabric.setup(model, *optimizers())

@@ -91,7 +91,11 @@ def parse_optimizer(optimizer: str | dict[str, Any]) -> tuple[type[Optimizer], d
 
 
 def build_optimizer(
-    model: nn.Module, optimizer: str | dict[str, Any], weight_decay_on: str = "all"
+    model: nn.Module,
+    optimizer: str | dict[str, Any],
+    weight_decay_on: str = "all",
+    *,
+    scaled: bool = False,
 ) -> list[Optimizer]:
     """Build the optimizer over the model's decay groups; Muon comes with an AdamW for the rest.
 
@@ -99,6 +103,8 @@ def build_optimizer(
         model: what trains, after sharding (the groups hold its parameters).
         optimizer: a name in torch.optim, a class path, or {class_path, init_args}.
         weight_decay_on: "all", or "matrices" to spare biases, norms and embeddings.
+        scaled: there is a loss scale. A fused optimizer would divide by it on its own, after the
+            clipping, so none is.
     """
     cls, init_args = parse_optimizer(optimizer)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -113,7 +119,9 @@ def build_optimizer(
         return [cls([parameters[name] for name in hidden], **init_args), adam]
     if cls.__name__ in FUSED_WHEN_SHARDED and "fused" not in init_args:
         kinds = {parameter.device.type for parameter in parameters.values()}
-        init_args["fused"] = kinds <= {"cpu", "cuda"}
+        init_args["fused"] = kinds <= {"cpu", "cuda"} and not scaled
+    if scaled and init_args.get("fused"):
+        raise UserError(f"optimizer {cls.__name__}: fused does not go with a loss scale (16-mixed)")
     groups = _groups(parameters, matrices, others, weight_decay_on)
     try:
         return [cls(groups, **init_args)]

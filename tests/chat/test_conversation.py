@@ -30,7 +30,7 @@ def test_smollm2s_conversation_is_written_as_transformers_writes_it(smollm2, sys
 
 
 def test_a_template_gets_what_transformers_gives_it(tmp_path, smollm2):
-    from litgpt.prompts import ChatML
+    from litgpt.prompts import load_prompt_style
     from transformers import AutoTokenizer
 
     template = (
@@ -44,7 +44,7 @@ def test_a_template_gets_what_transformers_gives_it(tmp_path, smollm2):
     turns = [TURNS[0], {"role": "assistant", "content": "a < b & 'é' 日本"}, TURNS[2]]
     expected = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert "a < b & 'é' 日本" in expected
-    assert renderer(tmp_path / "model", ChatML())(turns) == expected
+    assert renderer(tmp_path / "model", load_prompt_style(smollm2))(turns) == expected
 
 
 def test_smollm2s_reply_ends_where_the_users_turn_would_begin(smollm2):

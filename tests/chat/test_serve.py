@@ -114,6 +114,12 @@ def test_the_answer_is_litgpts_and_the_usage_is_counted(served, expected):
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_the_length_that_is_asked_for_is_kept(served, expected, name):
+    done = ask(served, **{name: 7})
+    assert done.choices[0].message.content == expected("Hello you", 7)[0]
+    assert (done.usage.completion_tokens, done.choices[0].finish_reason) == (7, "length")
+
+
 def test_a_model_with_experts_is_served(chatml_dir, tmp_path, greedy):
     import torch
     from litgpt import GPT, Config
@@ -138,12 +144,6 @@ def test_a_model_with_experts_is_served(chatml_dir, tmp_path, greedy):
     engine.close()
     assert done.choices[0].message.content == tokenizer.processor.decode(new)
     assert done.usage.prompt_tokens == len(ids)
-
-
-def test_the_length_that_is_asked_for_is_kept(served, expected, name):
-    done = ask(served, **{name: 7})
-    assert done.choices[0].message.content == expected("Hello you", 7)[0]
-    assert (done.usage.completion_tokens, done.choices[0].finish_reason) == (7, "length")
 
 
 def test_a_stream_is_the_answer_in_pieces_with_the_usage_last(served):

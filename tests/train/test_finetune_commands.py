@@ -147,13 +147,13 @@ def test_our_examples_show_a_question_as_they_train(
         "class_path": "Instruct",
         "init_args": {
             "sources": str(examples), "data_dir": str(tmp_path / "data"), "val_fraction": 0.2,
-            "prompt_style": "alpaca",
+            "prompt_style": "default",
         },
     }  # fmt: skip
     finetune("lora", tmp_path / "out", data=data)
     told = capsys.readouterr().err
     assert "--- sample after step 6" in told
-    assert "### Instruction:\nsay " in told
+    assert told.count("say ") >= 2
 
 
 def test_the_adapters_prefix_trains(tmp_path: Path, finetune: Callable[..., Path]) -> None:

@@ -162,9 +162,12 @@ def test_saving_in_the_background_saves_the_same(tmp_path: Path, train: Train) -
 def test_a_diverging_run_stops_and_names_the_last_good_checkpoint(
     tmp_path: Path, train: Train
 ) -> None:
-    wild = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e4}}
+    often = {"save_interval": 1, "max_norm": None, "lr_total_steps": 12}
+    train(tmp_path / "run", train={**often, "max_steps": 4})
     with pytest.raises(UserError, match=r"diverged; .* Lower the learning rate") as stopped:
-        train(tmp_path / "run", optimizer=wild, train={"save_interval": 1, "max_norm": None})
+        go_on = {"resume": "auto", "train": {**often, "resume_changed": True}}
+        wild = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e4}}
+        train(tmp_path / "run", optimizer=wild, **go_on)
     named = re.search(r"checkpoint is (\S+);|checkpoint is (\S+)\.", str(stopped.value))
     assert named is not None
     good = tmp_path / "run" / Path(next(filter(None, named.groups()))).name.rstrip(".")
