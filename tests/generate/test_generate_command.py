@@ -278,7 +278,7 @@ def test_weights_of_another_model_are_told(phi_lit, tiny_checkpoint_dir, tmp_pat
 def test_too_little_memory_for_the_weights_is_told(phi_lit, tiny_checkpoint_dir, monkeypatch):
     from phi_lit import checks
 
-    monkeypatch.setattr(checks, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(checks, "free_bytes", lambda *_: 1000)
     with pytest.raises(UserError, match=r"the weights need .* GB as 32-true, but"):
         phi_lit(tiny_checkpoint_dir, "--prompt=a")
 

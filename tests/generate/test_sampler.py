@@ -236,7 +236,7 @@ def test_memory_is_given_back_and_a_second_call_starts_anew(gpt, tokenizer):
 def test_not_enough_memory_is_one_line(gpt, tokenizer, monkeypatch):
     from phi_lit.generate import room
 
-    monkeypatch.setattr(room, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(room, "free_bytes", lambda *_: 1000)
     with pytest.raises(UserError, match=r"not enough memory: one sample of .* ask for fewer"):
         list(Sampler(gpt, tokenizer).sample(["a"]))
 
@@ -245,7 +245,7 @@ def test_memory_decides_how_many_samples_run_at_a_time(gpt, tokenizer, monkeypat
     from phi_lit.generate import room
 
     one = room.row_bytes(gpt.config, torch.float32, 30)
-    monkeypatch.setattr(room, "free_bytes", lambda: one * 4)
+    monkeypatch.setattr(room, "free_bytes", lambda *_: one * 4)
     sampler = Sampler(gpt, tokenizer)
     sizes = []
     sampler._twin.transformer.wte.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
