@@ -125,15 +125,14 @@ def test_few_parameters_learn_the_answers_and_the_rest_stays(
     assert moved
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("pack", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(("method", "pack"), [("lora", True), ("full", False)])
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn_from_it(
     tmp_path: Path, finetune: Callable[..., Path], base: Path, method: str, pack: bool
 ) -> None:
     teacher = {"teacher": str(base), "distill_weight": 1.0, "distill_temperature": 2.0}
-    out = finetune(method, tmp_path / "out", train={**teacher, "pack": pack, "max_steps": 4})
+    out = finetune(method, tmp_path / "out", train={**teacher, "pack": pack, "max_steps": 2})
     assert losses(out)[0] == pytest.approx(0.0, abs=1e-5)  # the divergence from itself
-    other = finetune(method, tmp_path / "other", train={"pack": pack, "max_steps": 4})
+    other = finetune(method, tmp_path / "other", train={"pack": pack, "max_steps": 1})
     assert losses(other)[0] > 1.0
 
 
