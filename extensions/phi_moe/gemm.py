@@ -1,8 +1,9 @@
 """Products of matrices on a CPU, in the faster of the two libraries that PyTorch carries.
 
 float32 products go to MKL by default, which runs at half width (AVX2) on processors that are not
-Intel's; oneDNN uses AVX-512 wherever it exists. The choice depends on the processor alone, never on
-a timing, so that a run repeats itself to the bit. Half precision goes to oneDNN anyway.
+Intel's; oneDNN uses AVX-512 wherever it exists: twice as fast on Zen 5, 1.15 times on Zen 4. The
+choice depends on the processor alone, never on a timing, so that a run repeats itself to the bit.
+Half precision goes to oneDNN anyway. The head of phi_lit's training multiplies here too.
 """
 
 from functools import cache

@@ -17,7 +17,7 @@ from litgpt.tokenizer import Tokenizer
 from torch.optim import Optimizer
 
 from phi_lit.errors import UserError
-from phi_lit.train import checkpoint, state
+from phi_lit.train import checkpoint, saved_steps, state
 from phi_lit.train import teacher as teachers
 from phi_lit.train.adaptation import trained_parameters
 from phi_lit.train.args import masks_documents
@@ -132,12 +132,12 @@ def tell_data(job: Job, micro_batch: int) -> None:
 
 def find_checkpoint(job: Job, fabric: Fabric, out_dir: Path) -> Path | None:
     """Return the checkpoint to resume from, the same on every rank, or None."""
-    found = checkpoint.find_resume(job.arguments["resume"], out_dir, fabric.print)
+    found = saved_steps.find_resume(job.arguments["resume"], out_dir, fabric.print)
     if fabric.world_size > 1:
         found = fabric.broadcast(found)
     step = checkpoint.read_manifest(found)["step"] if found else 0
     if fabric.global_rank == 0:
-        checkpoint.refuse_later_steps(out_dir, step)
+        saved_steps.refuse_later_steps(out_dir, step)
     return found
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phi_lit.train.gemm import product
+from extensions.phi_moe.gemm import product
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The chunked head and loss on a CPU: the same sums as in `loss.py`, arranged for caches and pages.
+"""The chunked head and loss on a CPU: `head_plain.py`'s sums, arranged for caches and pages.
 
 Two things decide there. A tensor of more than 32 MB is fresh pages from the kernel each time, whose
 first touch costs as much as the matrix product that fills it: so one buffer of softmax gradients
@@ -8,66 +8,34 @@ rows while these are in the caches. Letters: N tokens, D hidden size, V vocabula
 neighbouring vocabulary entries, into which the buffer is cut so that its parts stay contiguous.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from phi_lit.train.distillation import TeacherHead
-from phi_lit.train.gemm import product
+from extensions.phi_moe.gemm import product
+from phi_lit.train.head import Gradients, HeadPass
 
 _TILE_BYTES = 24 << 20  # below 32 MB, glibc's largest threshold for asking the kernel for pages
 _CACHED_BYTES = 4 << 20
 _GROUPS = 8
 
 
-class CpuHead:
-    """One pass over the rows that sums the loss and makes the gradients, scaled by `scale`.
+class CpuHead(HeadPass):
+    """One pass over the rows on a CPU."""
 
-    Args:
-        hidden_ND: hidden states in the type of the matrix products.
-        weight_VD: the head's weight, in the same type.
-        bias_V: its bias or None, in the same type.
-        rows: rows of logits whose gradients are held at a time.
-        z_loss: coefficient of the mean squared logsumexp.
-        wanted: which gradients to make: of hidden states, weight, bias.
-        teacher: whose distribution is learned too, or None.
-    """
-
-    def __init__(
-        self,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        *,
-        rows: int,
-        z_loss: float,
-        wanted: tuple[bool, bool, bool],
-        teacher: TeacherHead | None = None,
-    ) -> None:
-        self.hidden_ND, self.weight_VD, self.bias_V = hidden_ND, weight_VD, bias_V
-        self.rows, self.z_loss = min(rows, max(1, hidden_ND.shape[0])), z_loss
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, *rest: Any, **options: Any) -> None:
+        super().__init__(hidden_ND, weight_VD, *rest, **options)
         vocabulary = weight_VD.shape[0]
         self.few = max(1, _CACHED_BYTES // (4 * vocabulary))
         self.tile = max(self.few, _TILE_BYTES // (4 * vocabulary) // self.few * self.few)
         self.groups = _GROUPS if vocabulary % _GROUPS == 0 else 1
-        # Sums are never kept in a half-precision type: 2048 rows added in bf16 lose 8 bits.
-        self.exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        self.wants_hidden, self.wants_weight, self.wants_bias = wanted
-        self.teacher, self.share = teacher, 1 - teacher.share if teacher else 1.0
         self.hidden_grad_ND: Tensor | None = None
         self.bias_grad_V: Tensor | None = None
         self._weight_grads_DG: list[Tensor] = []
 
-    def run(
-        self, target_N: Tensor, counted_N: Tensor, scale: Tensor
-    ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """Return the sums over rows (3,) of negative log-likelihood, z-loss and divergence from the
-        teacher, and the gradients of the loss made of them, times `scale`.
-
-        Args:
-            target_N: ids, any valid one where a row is not counted.
-            counted_N: which rows count.
-            scale: what the gradients are multiplied by.
-        """
+    def run(self, target_N: Tensor, counted_N: Tensor, scale: Tensor) -> tuple[Tensor, Gradients]:
+        """Return the sums and the gradients: see `HeadPass.run`."""
         n_rows, vocabulary = self.hidden_ND.shape[0], self.weight_VD.shape[0]
         weight_N = counted_N.to(self.exact)
         if self.wants_hidden:
@@ -126,14 +94,10 @@ class CpuHead:
             if p is not None and buffer.numel():
                 buffer[:, few].copy_(p.view(len(p), self.groups, -1).transpose(0, 1))
 
-    @property
-    def _wants(self) -> bool:
-        return self.wants_hidden or self.wants_weight or self.wants_bias
-
     def _soften(self, x: Tensor, theirs: Tensor, weight: Tensor, sums: Tensor) -> Tensor | None:
         """Add the divergence from the teacher; return its part of the logits' gradient."""
         assert self.teacher is not None
-        divergence, soft = self.teacher.compare(x, theirs, want_gradient=self._wants)
+        divergence, soft = self.teacher.compare(x, theirs, want_gradient=self.wants_any)
         sums[2] += divergence.mul_(weight).sum()
         if soft is not None and self.bias_grad_V is not None:
             self.bias_grad_V.addmv_(soft.t(), weight)
@@ -149,11 +113,9 @@ class CpuHead:
         sums[0] += (lse - target_logit).mul_(weight).sum()
         if self.z_loss:
             sums[1] += (lse.square() * weight).sum() * self.z_loss
-        if not self._wants:
+        if not self.wants_any:
             return None
-        if self.z_loss or self.share != 1:
-            p.mul_((self.share + 2 * self.z_loss * lse).unsqueeze(1))
-        p.scatter_add_(1, target, p.new_full((), -self.share).expand(target.shape))
+        self._turn_into_gradient(p, target, lse)
         if self.bias_grad_V is not None:
             self.bias_grad_V.addmv_(p.t(), weight)
         return p

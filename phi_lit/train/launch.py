@@ -23,7 +23,7 @@ from phi_lit.data.codegen import CODEGEN_FINGERPRINT
 from phi_lit.data.tokenizer import load_tokenizer
 from phi_lit.files import disk_errors
 from phi_lit.registry import VOCABULARY
-from phi_lit.train import checkpoint
+from phi_lit.train import checkpoint, saved_steps
 from phi_lit.train.adaptation import quantizer
 from phi_lit.train.args import TrainArgs, raise_together
 from phi_lit.train.build import build
@@ -224,7 +224,7 @@ def _train(job: Job, run: Run) -> None:
     if fabric.global_rank == 0:
         if checkpoint.read_manifest(last)["sharded"]:
             checkpoint.consolidate(last)
-        checkpoint.copy_as_final(last, run.out_dir / "final")
+        saved_steps.copy_as_final(last, run.out_dir / "final")
         run.monitor.close()
         if job.arguments.get("lora_r") and job.adaptation is not None:
             _merge(job, run)

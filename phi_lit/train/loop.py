@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from phi_lit.errors import UserError
-from phi_lit.train import checkpoint, state
+from phi_lit.train import checkpoint, saved_steps, state
 from phi_lit.train.args import TrainArgs
 from phi_lit.train.checkpoint import Background, Place
 from phi_lit.train.course import Course
@@ -243,7 +243,7 @@ def _handle_bad(run: Run, loss: float, norm: float) -> None:
     finish_saving(run)
     # Where the loss is bad, so are the weights that gave it, and a checkpoint of this very moment.
     last = run.place.step - (not (math.isfinite(loss) and loss <= EXPLODED * run.uniform_loss))
-    steps = checkpoint.step_dirs(run.out_dir)
+    steps = saved_steps.step_dirs(run.out_dir)
     good = next((path for step, path in steps if step <= last), None)
     where = f"the last good checkpoint is {good}" if good else "no checkpoint was saved before that"
     raise UserError(
@@ -343,14 +343,14 @@ def save(run: Run) -> None:
 
 def _point(run: Run, directory: Path, place: Place) -> None:
     """Link the new checkpoint and remove old ones, now that it is on the disk."""
-    checkpoint.link(run.out_dir, "latest", directory)
+    saved_steps.link(run.out_dir, "latest", directory)
     held_out = math.inf if place.val_loss is None else place.val_loss
-    if run.train.keep_best and held_out < checkpoint.best_so_far(run.out_dir):
-        checkpoint.link(run.out_dir, "best", directory)
+    if run.train.keep_best and held_out < saved_steps.best_so_far(run.out_dir):
+        saved_steps.link(run.out_dir, "best", directory)
     if name := (run.train.name_steps or {}).get(place.step):
-        checkpoint.link(run.out_dir, name, directory)
+        saved_steps.link(run.out_dir, name, directory)
     if run.train.keep_last is not None:
-        checkpoint.prune(run.out_dir, run.train.keep_last)
+        saved_steps.prune(run.out_dir, run.train.keep_last)
 
 
 def _point_again(run: Run) -> None:

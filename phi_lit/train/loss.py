@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from phi_lit.train import liger
 from phi_lit.train.distillation import TeacherHead
 from phi_lit.train.head_cpu import CpuHead
+from phi_lit.train.head_plain import PlainHead
 
 Backend = Literal["auto", "torch", "liger"]
 
@@ -26,11 +27,6 @@ products."""
 TEACHER_CHUNKS = 4
 """How many chunks of logits a teacher adds beside the student's: they get this much shorter on a
 GPU. On a CPU all but one are made in tiles."""
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Of hidden states, weight and bias; None where not wanted."""
-
-_ADDMM_TAKES_OUT_DTYPE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 
 class HeadLoss(NamedTuple):
@@ -237,110 +233,6 @@ def _times(gradient: Tensor, factor: Tensor | None, *, in_place: bool) -> Tensor
         return gradient if in_place else gradient.clone()
     factor = factor.to(gradient.dtype)
     return gradient.mul_(factor) if in_place else gradient * factor
-
-
-class PlainHead:
-    """One pass over the rows for any device, chunk by chunk; `CpuHead` has the same interface."""
-
-    def __init__(
-        self,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        *,
-        rows: int,
-        z_loss: float,
-        wanted: tuple[bool, bool, bool],
-        teacher: TeacherHead | None = None,
-    ) -> None:
-        self.hidden_ND, self.weight_VD, self.bias_V = hidden_ND, weight_VD, bias_V
-        self.rows, self.z_loss = min(rows, max(hidden_ND.shape[0], 1)), z_loss
-        # Sums are never kept in a half-precision type: 2048 rows added in bf16 lose 8 bits.
-        self.exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        self.wants_hidden, self.wants_weight, self.wants_bias = wanted
-        self.teacher, self.share = teacher, 1 - teacher.share if teacher else 1.0
-
-    def run(self, target_N: Tensor, counted_N: Tensor, scale: Tensor) -> tuple[Tensor, Gradients]:
-        """Return the sums over rows (3,) of negative log-likelihood, z-loss and divergence from the
-        teacher, and the gradients of the loss made of them, times `scale`.
-
-        Args:
-            target_N: ids, any valid one where a row is not counted.
-            counted_N: which rows count.
-            scale: what the gradients are multiplied by.
-        """
-        scale = scale.to(self.exact)
-        sums = self.hidden_ND.new_zeros(3, dtype=self.exact)
-        hidden_grad, weight_grad, bias_grad = (
-            torch.zeros_like(x, dtype=self.exact) if x is not None and wants else None
-            for x, wants in (
-                (self.hidden_ND, self.wants_hidden),
-                (self.weight_VD, self.wants_weight),
-                (self.bias_V, self.wants_bias),
-            )
-        )
-        for start in range(0, self.hidden_ND.shape[0], self.rows):
-            rows = slice(start, start + self.rows)
-            weight = counted_N[rows].to(self.exact)
-            logits = self._logits(self.hidden_ND[rows])
-            p = self._losses(rows, logits, target_N[rows, None], weight, sums)
-            if p is None:
-                continue
-            if bias_grad is not None:
-                bias_grad.addmv_(p.t(), weight)
-            # The products run in their own type: [-1, 1] fits it, and the scale comes after.
-            logit_grad = logits.copy_(p)
-            del p
-            if hidden_grad is not None:
-                hidden_grad[rows] = (logit_grad @ self.weight_VD).to(self.exact)
-                hidden_grad[rows] *= (weight * scale).unsqueeze(1)
-            if weight_grad is not None:
-                hidden = self.hidden_ND[rows] * weight.to(self.hidden_ND.dtype).unsqueeze(1)
-                _add_product(weight_grad, logit_grad.t(), hidden)
-        for grad in (weight_grad, bias_grad):
-            if grad is not None:
-                grad.mul_(scale)
-        return sums, (hidden_grad, weight_grad, bias_grad)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        if self.bias_V is None:
-            return torch.mm(hidden, self.weight_VD.t())
-        return torch.addmm(self.bias_V, hidden, self.weight_VD.t())
-
-    def _losses(
-        self, rows: slice, logits: Tensor, target: Tensor, weight: Tensor, sums: Tensor
-    ) -> Tensor | None:
-        """Add the losses of a chunk; return the gradient of its logits, if one is wanted."""
-        wants = self.wants_hidden or self.wants_weight or self.wants_bias
-        x = logits.to(self.exact)
-        soft = None
-        if self.teacher is not None:
-            theirs = self.teacher.logits(rows)
-            divergence, soft = self.teacher.compare(x, theirs, want_gradient=wants)
-            sums[2] += (divergence * weight).sum()
-        log_p = torch.log_softmax(x, 1)
-        negative = -log_p.gather(1, target).squeeze(1)
-        lse = x.gather(1, target).squeeze(1) + negative
-        sums[0] += (negative * weight).sum()
-        if self.z_loss:
-            sums[1] += (lse.square() * weight).sum() * self.z_loss
-        if not wants:
-            return None
-        p = log_p.exp_()
-        if self.z_loss or self.share != 1:
-            p.mul_((self.share + 2 * self.z_loss * lse).unsqueeze(1))
-        p.scatter_add_(1, target, p.new_full((), -self.share).expand(target.shape))
-        return p if soft is None else p.add_(soft)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add `a @ b` to a float32 (or float64) total, whatever the type of `a` and `b`."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.device.type == "cuda" and _ADDMM_TAKES_OUT_DTYPE:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(a @ b)
 
 
 def _use_liger(backend: Backend, hidden_ND: Tensor, teacher: TeacherHead | None) -> bool:

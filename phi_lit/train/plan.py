@@ -181,34 +181,18 @@ def predict_run(
     Raises:
         UserError: an unknown GPU, a batch that cannot be divided, or no end of the run.
     """
-    from phi_lit.train.teacher import bytes_of, flops_of
+    from phi_lit.train.teacher import flops_of
 
     on_cpu = gpu.lower() == "cpu"
     count = (1 if on_cpu else 8) if devices == "auto" else int(devices)
     card, peak = _measured_cpu(precision) if on_cpu else _listed(gpu, precision)
     _check(config, train, count, num_nodes, mfu)
-    kind, ranks = resolve_strategy(
-        strategy, sharding, devices=count, num_nodes=num_nodes, cpu_offload=cpu_offload
-    )
     length = train.max_seq_length or config.block_size
-    layout = Layout(
-        micro_batch=1,
-        seq_length=length,
-        precision=precision,
-        checkpointing=train.activation_checkpointing or "none",
-        attention_dropout=train.attention_dropout or 0.0,
-        residual_dropout=train.residual_dropout or 0.0,
-        compiled=train.compile == "on" or (train.compile != "off" and not on_cpu),
-        optimizer=optimizer_name(optimizer),
-        momentum=has_momentum(optimizer),
-        strategy=kind,
-        sharding=sharding or "full",
-        ranks=ranks,
-        cpu_offload=cpu_offload,
-        tie_embeddings=bool(train.tie_embeddings),
-        teacher_bytes=bytes_of(train, precision, count * num_nodes),
-        device="cpu" if on_cpu else "cuda",
-    )
+    layout = _layout(
+        config, train, precision=precision, strategy=strategy, sharding=sharding,
+        cpu_offload=cpu_offload, optimizer=optimizer, devices=count, num_nodes=num_nodes,
+        on_cpu=on_cpu,
+    )  # fmt: skip
     memory_of_gpu = card.memory_gib * 2**30
     rows = train.global_batch_size // (count * num_nodes)
     largest = largest_fitting(config, layout, ROOM * memory_of_gpu, rows)
@@ -256,6 +240,45 @@ def predict_run(
             for step, name in sorted((train.name_steps or {}).items())
             if step <= steps
         ),
+    )
+
+
+def _layout(
+    config: Config,
+    train: TrainArgs,
+    *,
+    precision: str,
+    strategy: str | None,
+    sharding: Sharding | None,
+    cpu_offload: bool,
+    optimizer: str | dict[str, Any],
+    devices: int,
+    num_nodes: int,
+    on_cpu: bool,
+) -> Layout:
+    """Return what decides a device's memory, with one row at a time for now."""
+    from phi_lit.train.teacher import bytes_of
+
+    kind, ranks = resolve_strategy(
+        strategy, sharding, devices=devices, num_nodes=num_nodes, cpu_offload=cpu_offload
+    )
+    return Layout(
+        micro_batch=1,
+        seq_length=train.max_seq_length or config.block_size,
+        precision=precision,
+        checkpointing=train.activation_checkpointing or "none",
+        attention_dropout=train.attention_dropout or 0.0,
+        residual_dropout=train.residual_dropout or 0.0,
+        compiled=train.compile == "on" or (train.compile != "off" and not on_cpu),
+        optimizer=optimizer_name(optimizer),
+        momentum=has_momentum(optimizer),
+        strategy=kind,
+        sharding=sharding or "full",
+        ranks=ranks,
+        cpu_offload=cpu_offload,
+        tie_embeddings=bool(train.tie_embeddings),
+        teacher_bytes=bytes_of(train, precision, devices * num_nodes),
+        device="cpu" if on_cpu else "cuda",
     )
 
 

@@ -425,8 +425,18 @@ def test_an_error_leaves_only_what_the_journal_names(corpus, build, monkeypatch,
 
 
 def test_two_processes_at_once_make_one_store(tmp_path, corpus, tiny_tokenizer_dir):
-    both = [start(tmp_path / "t", corpus, tiny_tokenizer_dir, pause=0.02) for _ in range(2)]
-    said = [process.communicate()[1] for process in both]
+    first = start(tmp_path / "t", corpus, tiny_tokenizer_dir, pause=0.05)
+    wait_for_commits(tmp_path / "t", 1)
+    first.send_signal(signal.SIGSTOP)  # until the second has come
+    second = start(tmp_path / "t", corpus, tiny_tokenizer_dir)
+    said = [""]
+    while "waiting for it" not in said[0]:
+        line = second.stderr.readline()
+        assert line, said
+        said[0] += line
+    first.send_signal(signal.SIGCONT)
+    both = [second, first]
+    said = [said[0] + second.communicate()[1], first.communicate()[1]]
     assert [process.returncode for process in both] == [0, 0], said
     assert sum("waiting for it" in text for text in said) == 1
     assert sum("tokens: using" in text for text in said) == 1

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from phi_lit.errors import UserError
 from phi_lit.train.distillation import TeacherHead
 from phi_lit.train.head_cpu import CpuHead
-from phi_lit.train.loss import PlainHead, linear_cross_entropy, plain_loss
+from phi_lit.train.head_plain import PlainHead
+from phi_lit.train.loss import linear_cross_entropy, plain_loss
 from phi_lit.train.model import LossModel
 from phi_lit.train.teacher import Teacher
 

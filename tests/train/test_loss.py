@@ -7,9 +7,10 @@ import torch
 from litgpt import GPT, Config
 from torch.nn import functional as F
 
-from phi_lit.train import gemm
+from extensions.phi_moe import gemm
 from phi_lit.train.head_cpu import CpuHead
-from phi_lit.train.loss import PlainHead, chunk_rows, linear_cross_entropy, plain_loss
+from phi_lit.train.head_plain import PlainHead
+from phi_lit.train.loss import chunk_rows, linear_cross_entropy, plain_loss
 from phi_lit.train.model import LossModel, compile_blocks
 
 # Letters in tensor names: N tokens, D hidden size, V vocabulary.
