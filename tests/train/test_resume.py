@@ -33,7 +33,8 @@ def killed_run(arguments: dict[str, Any], *, seed: int, kills: int) -> list[dict
 
 
 @pytest.mark.parametrize(
-    ("precision", "kills"), [("32-true", 10), ("bf16-true", 5), ("bf16-mixed", 5)]
+    ("precision", "kills"),
+    [("32-true", 10), pytest.param("bf16-true", 5, marks=pytest.mark.slow), ("bf16-mixed", 5)],
 )
 def test_killed_and_resumed_run_equals_uninterrupted_run(
     tmp_path: Path,
