@@ -69,6 +69,21 @@ def test_attention_passes_gradcheck_and_pytorchs_checks_of_an_operation():
     torch.library.opcheck(dropout_attention, arguments)
 
 
+@pytest.mark.parametrize("b", [1, 2])
+def test_a_compiler_is_told_the_strides_that_the_gradients_have(b):
+    """With one sequence the tensors that a model hands over are views all the way down."""
+    inputs = qkv(b=b, t=40)
+    compiled = torch.compile(lambda q, k, v: dropout_attention(q, k, v, seed_of(7), 0.1, 0.25) * 2)
+    grad = torch.randn(b, 3, 40, 16)
+    expected = torch.autograd.grad(
+        dropout_attention(*inputs, seed_of(7), 0.1, 0.25) * 2, inputs, grad
+    )
+    for ours, eager in zip(
+        torch.autograd.grad(compiled(*inputs), inputs, grad), expected, strict=True
+    ):
+        torch.testing.assert_close(ours, eager)
+
+
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 2**-22), (torch.bfloat16, 2**-8)])
 def test_attention_in_lower_precision_errs_by_its_rounding_only(dtype, unit):
     inputs = qkv(dtype=dtype)
